@@ -1,0 +1,1 @@
+"""Programs run by hand; installed as `megalm.tools`, each with a `main(argv)`."""
