@@ -1,0 +1,8 @@
+"""What the user said: one JSON file, validated. `load(path, overrides)` gives a frozen Config or one ConfigError."""
+from __future__ import annotations
+
+from .errors import ConfigError
+from .load import config_hash, load, validate
+from .schema import Config
+
+__all__ = ["Config", "ConfigError", "config_hash", "load", "validate"]

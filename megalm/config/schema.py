@@ -1,0 +1,256 @@
+"""What the user may say: one frozen pydantic class per section of the JSON file.
+
+Every fact is stated once; what follows from these facts (dp, accumulation steps, padded vocabulary, layers per stage, DeepSpeed's
+own JSON) belongs to megalm.plan and megalm.engine. Checks that span several keys are in checks.py.
+"""
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Optional, Union
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NaturalFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Backend = Literal["auto", "megalm", "torch", "apex", "flash_attn", "liger", "reference"]
+
+
+class Section(BaseModel):
+    """Strict: "4" is not 4 and true is not 1. Sequences come as JSON lists and are kept as tuples."""
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", serialize_by_alias=True, use_attribute_docstrings=True)
+
+
+class LinearScaling(Section):
+    """Positions divided by a factor (position interpolation, Chen et al. 2023)."""
+    type: Literal["linear"]
+    factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+
+
+class Llama3Scaling(Section):
+    """The frequency-dependent scaling of Llama 3.1."""
+    type: Literal["llama3"]
+    factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+    low_freq_factor: PositiveFloat
+    high_freq_factor: PositiveFloat
+    original_seq_length: Positive
+
+
+class Model(Section):
+    """The Transformer."""
+    family: Literal["gpt"] = "gpt"
+    """The decoder family; "gpt" spans GPT-2/3 and Llama."""
+    num_layers: Positive
+    """Transformer layers."""
+    hidden_size: Positive
+    """Width of the residual stream."""
+    num_attention_heads: Positive
+    """Query heads; hidden_size is a multiple of it."""
+    num_query_groups: Optional[Positive] = Field(None, validate_default=True)
+    """Key/value heads (GQA); default: as many as query heads, 1 is MQA."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """gelu is the tanh form, as GPT-2 and Megatron have it."""
+    ffn_hidden_size: Optional[Positive] = Field(None, validate_default=True)
+    """Width of the MLP; default: 4 hidden_size for gelu, 8/3 hidden_size rounded up to a multiple of 64 for swiglu."""
+    seq_length: Positive
+    """Tokens a sample."""
+    normalization: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    position_embedding: Literal["learned", "rotary"] = "learned"
+    tie_embeddings: bool = True
+    """The output projection shares the word embedding's weight."""
+    vocab_size: Optional[Positive] = None
+    """Default: the tokenizer's."""
+    vocab_multiple: Positive = 128
+    """The vocabulary is padded to a multiple of this; tp must divide it, so that the padding doesn't depend on tp."""
+    norm_eps: PositiveFloat = 1e-5
+    bias: bool = True
+    """Biases of the linear layers."""
+    qk_norm: bool = False
+    """Norms over head_dim on queries and keys."""
+    dropout: Probability = 0.0
+    """Probability of dropping an element of the embedding, attention and MLP outputs."""
+    attention_dropout: Probability = 0.0
+    """Probability of dropping an attention weight."""
+    rotary_theta: PositiveFloat = 10000.0
+    rotary_scaling: Optional[Annotated[Union[LinearScaling, Llama3Scaling], Field(discriminator="type")]] = None
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+
+    @field_validator("num_query_groups")
+    @classmethod
+    def _as_many_groups_as_heads(cls, groups: int | None, info: ValidationInfo) -> int | None:
+        return info.data.get("num_attention_heads") if groups is None else groups
+
+    @field_validator("ffn_hidden_size")
+    @classmethod
+    def _usual_ffn(cls, ffn: int | None, info: ValidationInfo) -> int | None:
+        hidden = info.data.get("hidden_size")
+        if ffn is not None or hidden is None:
+            return ffn
+        return 4 * hidden if info.data.get("activation") == "gelu" else -(-8 * hidden // (3 * 64)) * 64
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+class Parallel(Section):
+    """How the model and the batch are split over ranks."""
+    tp: Positive = 1
+    """Tensor parallel degree."""
+    pp: Positive = 1
+    """Pipeline stages."""
+    dp: Union[Positive, Literal["auto"]] = "auto"
+    """Data parallel replicas; auto: world size / (tp pp)."""
+    sequence_parallel: bool = False
+    """Norms, dropout and the residual stream hold seq_length/tp tokens a rank; no effect at tp 1."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """What data parallel replicas share: 1 optimizer state, 2 and gradients, 3 and weights (2 and 3 need pp 1)."""
+    stages: Optional[Annotated[tuple[Positive, ...], Strict(False)]] = None
+    """Transformer layers of each stage; default: balanced by cost, embedding and head counted."""
+    schedule: Literal["1f1b"] = "1f1b"
+    """The pipeline schedule."""
+
+
+class Batch(Section):
+    """Sequences a step; accumulation steps follow: global / (micro dp)."""
+    micro: Positive
+    """Sequences in one forward pass of one replica."""
+    global_: Positive = Field(alias="global")
+    """Sequences in one optimizer step, over all replicas."""
+
+
+class Precision(Section):
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of weights and activations; bf16 and fp16 keep fp32 master weights, bf16 accumulates gradients in fp32."""
+
+
+class Recompute(Section):
+    mode: Literal["none", "selective", "full"] = "none"
+    """selective recomputes the attention core in the backward pass, full each whole layer."""
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: PositiveFloat
+    """Peak learning rate."""
+    betas: Annotated[tuple[Probability, Probability], Strict(False)] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NaturalFloat = 0.1
+    """On parameters of two or more dims."""
+    clip_grad_norm: NaturalFloat = 1.0
+    """Bound of the global gradient norm; 0: no clipping."""
+    momentum: Probability = 0.0
+    """Of sgd."""
+    impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
+    """Whose implementation of the optimizer."""
+
+
+class Schedule(Section):
+    """The learning rate as a function of the step."""
+    warmup_steps: Natural = 0
+    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    min_lr: NaturalFloat = 0.0
+    decay_steps: Optional[Positive] = None
+    """Default: all steps after the warm-up; for wsd the length of the final decay, 10% of train.steps."""
+
+
+class Tokenizer(Section):
+    type: Literal["sentencepiece", "huggingface", "bytes"]
+    path: Optional[Text] = None
+    """The sentencepiece model or tokenizer.json; bytes has none."""
+    eod: Optional[Text] = None
+    """The token that ends a document, by its text; only for a tokenizer.json."""
+
+
+class Source(Section):
+    """One tokenized data set."""
+    path: Text
+    """A prefix: data/wiki is data/wiki.bin and data/wiki.idx."""
+    weight: PositiveFloat = 1.0
+    """Share of the blend, relative to the other sources."""
+
+
+class Data(Section):
+    train: Annotated[tuple[Source, ...], Strict(False), Field(min_length=1)]
+    valid: Annotated[tuple[Source, ...], Strict(False)] = ()
+    seed: Optional[Natural] = None
+    """Of the order of samples; default: train.seed."""
+    mask_eod: bool = False
+    """Leave the end-of-document token out of the loss."""
+    cache: Optional[Text] = None
+    """Folder of the sample indices; default: beside the data, else train.dir."""
+
+
+class Kernels(Section):
+    """The backend of each operation: auto takes the fastest one that serves; a named one that can't serve is an error."""
+    attention: Backend = "auto"
+    norm: Backend = "auto"
+    rotary: Backend = "auto"
+    activation: Backend = "auto"
+    cross_entropy: Backend = "auto"
+
+
+class Train(Section):
+    dir: Text
+    """The run's folder."""
+    steps: Positive
+    seed: Natural = 1234
+    """Of initial weights and dropout."""
+    eval_every: Natural = 0
+    """Steps between evaluations; 0: never."""
+    eval_samples: Positive = 64
+    """Sequences in one evaluation."""
+    stop_at: Optional[Positive] = None
+    """Leave after this step as an interruption would: checkpoint written, schedules untouched."""
+    max_bad_steps: Positive = 5
+    """Stop after so many steps in a row with a loss or gradient that isn't finite."""
+    compile: bool = False
+    """torch.compile each layer."""
+
+
+class Checkpoint(Section):
+    every: Natural = 0
+    """Steps between checkpoints; 0: none on the way."""
+    keep: Positive = 3
+    """Newest checkpoints that stay."""
+    resume: Literal["auto", "never"] = "auto"
+    allow_changes: bool = False
+    """Resume although model, data, seed or optimizer differ."""
+    init_from: Optional[Text] = None
+    """Start from the weights of this checkpoint, at step 0."""
+
+
+class Wandb(Section):
+    project: Text
+    mode: Literal["online", "offline", "disabled"] = "online"
+    name: Optional[Text] = None
+
+
+class Logging(Section):
+    every: Natural = 10
+    """Steps between logged steps; 0: never."""
+    wandb: Optional[Wandb] = None
+    tensorboard: bool = False
+
+
+class Config(Section):
+    """One run, as its JSON file states it."""
+    model: Model
+    parallel: Parallel = Parallel()
+    batch: Batch
+    precision: Precision = Precision()
+    recompute: Recompute = Recompute()
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    tokenizer: Tokenizer
+    data: Data
+    kernels: Kernels = Kernels()
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Extra keys for DeepSpeed's own JSON; what megalm derives may not stand here."""
