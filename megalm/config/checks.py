@@ -47,7 +47,8 @@ def _heads(config: Config) -> Iterator[Problem]:
                       "so that every tp rank holds whole groups or all of them")
     if model.position_embedding == "rotary" and heads <= model.hidden_size and model.head_dim % 2:
         yield Problem(("model.hidden_size", "model.num_attention_heads", "model.position_embedding"),
-                      f"model.position_embedding: rotary needs an even head size, {model.hidden_size} / {heads} = {model.head_dim}")
+                      f"model.position_embedding: rotary needs an even head size, "
+                      f"not {model.hidden_size} / {heads} = {model.head_dim}")
 
 
 def _widths(config: Config) -> Iterator[Problem]:
@@ -65,7 +66,8 @@ def _positions(config: Config) -> Iterator[Problem]:
                       f'model.rotary_scaling: has no meaning with model.position_embedding = "{model.position_embedding}"')
     low, high = (getattr(model.rotary_scaling, name, None) for name in ("low_freq_factor", "high_freq_factor"))
     if low is not None and high <= low:
-        yield Problem(("model.rotary_scaling",), f"model.rotary_scaling.high_freq_factor: {high} is not above low_freq_factor = {low}")
+        yield Problem(("model.rotary_scaling",),
+                      f"model.rotary_scaling.high_freq_factor: {high} is not above low_freq_factor = {low}")
 
 
 def _pipeline(config: Config) -> Iterator[Problem]:
@@ -80,8 +82,8 @@ def _pipeline(config: Config) -> Iterator[Problem]:
                       f"parallel.stages: {'+'.join(map(str, stages))} = {sum(stages)}, not model.num_layers = {layers}")
     if config.parallel.zero_stage >= 2 and pp > 1:
         yield Problem(("parallel.zero_stage", "parallel.pp"),
-                      f"parallel.zero_stage: {config.parallel.zero_stage} with parallel.pp = {pp}: DeepSpeed's pipeline accumulates whole "
-                      "gradients; use zero_stage 1, or pp 1 with a larger tp")
+                      f"parallel.zero_stage: {config.parallel.zero_stage} with parallel.pp = {pp}: DeepSpeed's pipeline accumulates "
+                      "whole gradients; use zero_stage 1, or pp 1 with a larger tp")
 
 
 def _batch(config: Config) -> Iterator[Problem]:
@@ -115,7 +117,8 @@ def _schedule(config: Config) -> Iterator[Problem]:
 def _tokenizer(config: Config) -> Iterator[Problem]:
     tokenizer = config.tokenizer
     if tokenizer.type == "bytes" and tokenizer.path is not None:
-        yield Problem(("tokenizer.path", "tokenizer.type"), f'tokenizer.path: "{tokenizer.path}" given, but type "bytes" has no file')
+        yield Problem(("tokenizer.path", "tokenizer.type"),
+                      f'tokenizer.path: "{tokenizer.path}" given, but type "bytes" has no file')
     if tokenizer.type != "bytes" and tokenizer.path is None:
         yield Problem(("tokenizer.path", "tokenizer.type"), f'tokenizer.path: missing, type "{tokenizer.type}" needs it')
     if tokenizer.eod is not None and tokenizer.type != "huggingface":
@@ -157,8 +160,10 @@ DERIVED = {
     "curriculum_learning": "data",
 }
 FIXED = {
-    "zero_optimization.round_robin_gradients": "megalm keeps it false, because DeepSpeed's map from parameters to partitions is wrong with it",
-    "zero_optimization.parameter_alignment": "megalm keeps it false, so that the plan's bytes are the engine's",
+    "zero_optimization.round_robin_gradients":
+        "megalm keeps it false, because DeepSpeed's map from parameters to partitions is wrong with it",
+    "zero_optimization.parameter_alignment":
+        "megalm keeps it false, so that the plan's bytes are the engine's",
 }
 
 

@@ -5,7 +5,7 @@ own JSON) belongs to megalm.plan and megalm.engine. Checks that span several key
 """
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo, field_validator
 
@@ -48,11 +48,11 @@ class Model(Section):
     """Width of the residual stream."""
     num_attention_heads: Positive
     """Query heads; hidden_size is a multiple of it."""
-    num_query_groups: Optional[Positive] = Field(None, validate_default=True)
+    num_query_groups: Positive | None = Field(None, validate_default=True)
     """Key/value heads (GQA); default: as many as query heads, 1 is MQA."""
     activation: Literal["gelu", "swiglu"] = "gelu"
     """gelu is the tanh form, as GPT-2 and Megatron have it."""
-    ffn_hidden_size: Optional[Positive] = Field(None, validate_default=True)
+    ffn_hidden_size: Positive | None = Field(None, validate_default=True)
     """Width of the MLP; default: 4 hidden_size for gelu, 8/3 hidden_size rounded up to a multiple of 64 for swiglu."""
     seq_length: Positive
     """Tokens a sample."""
@@ -60,7 +60,7 @@ class Model(Section):
     position_embedding: Literal["learned", "rotary"] = "learned"
     tie_embeddings: bool = True
     """The output projection shares the word embedding's weight."""
-    vocab_size: Optional[Positive] = None
+    vocab_size: Positive | None = None
     """Default: the tokenizer's."""
     vocab_multiple: Positive = 128
     """The vocabulary is padded to a multiple of this; tp must divide it, so that the padding doesn't depend on tp."""
@@ -74,7 +74,7 @@ class Model(Section):
     attention_dropout: Probability = 0.0
     """Probability of dropping an attention weight."""
     rotary_theta: PositiveFloat = 10000.0
-    rotary_scaling: Optional[Annotated[Union[LinearScaling, Llama3Scaling], Field(discriminator="type")]] = None
+    rotary_scaling: Annotated[LinearScaling | Llama3Scaling, Field(discriminator="type")] | None = None
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
 
@@ -103,13 +103,13 @@ class Parallel(Section):
     """Tensor parallel degree."""
     pp: Positive = 1
     """Pipeline stages."""
-    dp: Union[Positive, Literal["auto"]] = "auto"
+    dp: Positive | Literal["auto"] = "auto"
     """Data parallel replicas; auto: world size / (tp pp)."""
     sequence_parallel: bool = False
     """Norms, dropout and the residual stream hold seq_length/tp tokens a rank; no effect at tp 1."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """What data parallel replicas share: 1 optimizer state, 2 and gradients, 3 and weights (2 and 3 need pp 1)."""
-    stages: Optional[Annotated[tuple[Positive, ...], Strict(False)]] = None
+    stages: Annotated[tuple[Positive, ...], Strict(False)] | None = None
     """Transformer layers of each stage; default: balanced by cost, embedding and head counted."""
     schedule: Literal["1f1b"] = "1f1b"
     """The pipeline schedule."""
@@ -154,15 +154,15 @@ class Schedule(Section):
     warmup_steps: Natural = 0
     decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     min_lr: NaturalFloat = 0.0
-    decay_steps: Optional[Positive] = None
+    decay_steps: Positive | None = None
     """Default: all steps after the warm-up; for wsd the length of the final decay, 10% of train.steps."""
 
 
 class Tokenizer(Section):
     type: Literal["sentencepiece", "huggingface", "bytes"]
-    path: Optional[Text] = None
+    path: Text | None = None
     """The sentencepiece model or tokenizer.json; bytes has none."""
-    eod: Optional[Text] = None
+    eod: Text | None = None
     """The token that ends a document, by its text; only for a tokenizer.json."""
 
 
@@ -177,11 +177,11 @@ class Source(Section):
 class Data(Section):
     train: Annotated[tuple[Source, ...], Strict(False), Field(min_length=1)]
     valid: Annotated[tuple[Source, ...], Strict(False)] = ()
-    seed: Optional[Natural] = None
+    seed: Natural | None = None
     """Of the order of samples; default: train.seed."""
     mask_eod: bool = False
     """Leave the end-of-document token out of the loss."""
-    cache: Optional[Text] = None
+    cache: Text | None = None
     """Folder of the sample indices; default: beside the data, else train.dir."""
 
 
@@ -204,7 +204,7 @@ class Train(Section):
     """Steps between evaluations; 0: never."""
     eval_samples: Positive = 64
     """Sequences in one evaluation."""
-    stop_at: Optional[Positive] = None
+    stop_at: Positive | None = None
     """Leave after this step as an interruption would: checkpoint written, schedules untouched."""
     max_bad_steps: Positive = 5
     """Stop after so many steps in a row with a loss or gradient that isn't finite."""
@@ -220,20 +220,20 @@ class Checkpoint(Section):
     resume: Literal["auto", "never"] = "auto"
     allow_changes: bool = False
     """Resume although model, data, seed or optimizer differ."""
-    init_from: Optional[Text] = None
+    init_from: Text | None = None
     """Start from the weights of this checkpoint, at step 0."""
 
 
 class Wandb(Section):
     project: Text
     mode: Literal["online", "offline", "disabled"] = "online"
-    name: Optional[Text] = None
+    name: Text | None = None
 
 
 class Logging(Section):
     every: Natural = 10
     """Steps between logged steps; 0: never."""
-    wandb: Optional[Wandb] = None
+    wandb: Wandb | None = None
     tensorboard: bool = False
 
 
