@@ -1,0 +1,85 @@
+"""Processes that cannot be left behind: Linux primitives that the local launcher and the tests' rank runner share."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel SIGKILL this process when its parent ends, however it ends.
+
+    `parent` is the pid that the parent saw of itself: if it died before the call, nobody would ever send the signal,
+    so the process ends here.
+    """
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, so that `descendants` still finds it."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants(root: int) -> list[int]:
+    """The pids of all processes below `root`, parents before children. Zombies count until they are reaped."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                # After the command name, which is in parentheses and may hold anything: state, then ppid.
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found: list[int] = []
+    level = [root]
+    while level:
+        level = [child for pid in level for child in children.get(pid, [])]
+        found += level
+    return found
+
+
+def end_descendants(patience: float) -> list[int]:
+    """Reap every descendant of this process; after `patience` seconds SIGKILL those that remain and return their pids.
+
+    Needs `adopt_orphans` for grandchildren to be reaped here.
+    """
+    deadline = time.monotonic() + patience
+    killed: list[int] = []
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        left = descendants(os.getpid())
+        if not left:
+            return killed
+        if time.monotonic() >= deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            killed += [pid for pid in left if pid not in killed]
+        time.sleep(0.01)
+
+
+def describe_status(status: int) -> str:
+    """What `os.waitpid` reported, in words: "exit code 3", "signal 9 (SIGKILL)"."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        with contextlib.suppress(ValueError):
+            return f"signal {number} ({signal.Signals(number).name})"
+        return f"signal {number}"
+    return f"exit code {os.WEXITSTATUS(status)}"
