@@ -143,7 +143,7 @@ def environment_reads(module: str, source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module in ("os", "posix"):
             problems += [f"{module}:{node.lineno}: from os import {alias.name}" for alias in node.names if alias.name in names]
-        elif isinstance(node, ast.Attribute) and node.attr in names and isinstance(node.value, ast.Name) and node.value.id in aliases:
+        elif isinstance(node, ast.Attribute) and node.attr in names and getattr(node.value, "id", None) in aliases:
             problems.append(f"{module}:{node.lineno}: os.{node.attr}")
     return problems
 

@@ -82,8 +82,8 @@ def _pipeline(config: Config) -> Iterator[Problem]:
                       f"parallel.stages: {'+'.join(map(str, stages))} = {sum(stages)}, not model.num_layers = {layers}")
     if config.parallel.zero_stage >= 2 and pp > 1:
         yield Problem(("parallel.zero_stage", "parallel.pp"),
-                      f"parallel.zero_stage: {config.parallel.zero_stage} with parallel.pp = {pp}: DeepSpeed's pipeline accumulates "
-                      "whole gradients; use zero_stage 1, or pp 1 with a larger tp")
+                      f"parallel.zero_stage: {config.parallel.zero_stage} with parallel.pp = {pp}: DeepSpeed's pipeline keeps "
+                      "whole gradients and weights; use zero_stage 1, or pp 1 with a larger tp")
 
 
 def _batch(config: Config) -> Iterator[Problem]:

@@ -1,0 +1,38 @@
+"""Floating point operations of matrix products, a multiply-add counted as two; norms, activations and softmax are left out.
+
+The same count as PaLM's (Chowdhery et al. 2022, appendix B) with causal attention counted as what it needs, half a square.
+"""
+from __future__ import annotations
+
+from megalm.config import Config
+
+
+def layer_forward(config: Config) -> float:
+    """FLOPs of one transformer layer, forward, for each token."""
+    model = config.model
+    h, d, heads, groups = model.hidden_size, model.head_dim, model.num_attention_heads, model.num_query_groups
+    attention = h * d * (heads + 2 * groups) + heads * d * h                                # query, key, value; projection
+    mlp = (3 if model.activation == "swiglu" else 2) * h * model.ffn_hidden_size            # gate, up, down
+    return 2.0 * (attention + mlp) + attention_core_forward(config)
+
+
+def attention_core_forward(config: Config) -> float:
+    """FLOPs of scores and context, forward, for each token: two products over half of seq_length keys on average."""
+    model = config.model
+    return 2 * 2.0 * model.num_attention_heads * model.head_dim * (model.seq_length + 1) / 2
+
+
+def head_forward(config: Config, padded_vocab_size: int) -> float:
+    """FLOPs of the output projection, forward, for each token."""
+    return 2.0 * config.model.hidden_size * padded_vocab_size
+
+
+def per_token(config: Config, padded_vocab_size: int) -> float:
+    """FLOPs the model needs for each token, forward and backward (twice forward): what MFU counts, recomputation left out."""
+    return 3.0 * (config.model.num_layers * layer_forward(config) + head_forward(config, padded_vocab_size))
+
+
+def per_token_executed(config: Config, padded_vocab_size: int) -> float:
+    """FLOPs done for each token: the model's and what recompute.mode does again."""
+    again = {"none": 0.0, "selective": attention_core_forward(config), "full": layer_forward(config)}[config.recompute.mode]
+    return per_token(config, padded_vocab_size) + config.model.num_layers * again
