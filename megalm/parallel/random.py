@@ -1,0 +1,39 @@
+"""Dropout that knows nothing of the layout: the step's place, and each rank's slice of the keyed mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megalm.ops.dropout import dropout
+from megalm.ops.random import DropoutKey
+from megalm.parallel.groups import TensorParallel
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which forward this is: the seed, the step (from 0) and the global index of each sample (int64 [b])."""
+
+    seed: int
+    step: int
+    samples: Tensor
+
+
+class StepContext:
+    """Set by the engine before each forward; a layer reads it once and carries the value into its recomputation."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.place: Place | None = None
+
+    def set(self, step: int, samples: Tensor) -> None:
+        self.place = Place(self.seed, step, samples)
+
+
+def hidden_dropout(x: Tensor, probability: float, place: Place, layer: int, op: int, tp: TensorParallel) -> Tensor:
+    """Keyed dropout of hidden states [s/tp or s, b, h]: a rank draws the mask of its own positions only."""
+    length = x.shape[0]
+    start, whole = (tp.rank * length, tp.size * length) if tp.shards_sequence else (0, length)
+    extents = [(start, start + length, whole), (0, x.shape[2], x.shape[2])]
+    return dropout(x, DropoutKey(place.seed, place.step, layer, op), place.samples, extents, probability)

@@ -1,0 +1,44 @@
+"""Stopping together: a signal to any rank becomes a decision of all of them at the end of a step.
+
+SIGINT and SIGTERM ask for a polite stop (save, then leave). A second SIGINT two seconds or more after the first ends the
+process at once; a SIGTERM after the first signal changes nothing, because DeepSpeed's launcher sends both.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from megalm.parallel.groups import Groups
+
+SECOND_SIGINT_SECONDS = 2.0
+
+
+class StopSignal:
+    """Installed by `with`; the previous handlers come back afterwards."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._first: float | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _received(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self.name = now, signal.Signals(number).name
+        elif number == signal.SIGINT and now - self._first >= SECOND_SIGINT_SECONDS:
+            os._exit(128 + number)  # the user insists: no atexit, no collective that might wait for others
+
+    def agreed(self, groups: Groups) -> bool:
+        """True on every rank once any rank was asked to stop. Collective, once a step."""
+        return groups.any(self.name is not None)
