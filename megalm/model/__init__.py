@@ -1,0 +1,6 @@
+"""The Transformer as a list of layer descriptions: what each layer is, whoever runs it and wherever it ends up."""
+
+from megalm.model.description import LayerDescription
+from megalm.model.gpt import layers
+
+__all__ = ["LayerDescription", "layers"]
