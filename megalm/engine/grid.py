@@ -1,0 +1,58 @@
+"""Our groups in the words DeepSpeed asks for them, and its start-up."""
+
+from __future__ import annotations
+
+import logging
+
+import torch.distributed as dist
+
+from megalm.parallel.groups import Groups
+
+
+class Grid:
+    """The `mpu` of the sequential engine: model parallel = tensor parallel, since there is one stage.
+
+    DeepSpeed probes for methods, and takes the presence of get_sequence_* as another layout: they stay undefined.
+    """
+
+    def __init__(self, groups: Groups):
+        self._groups = groups
+
+    def get_model_parallel_rank(self) -> int:
+        return self._groups.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._groups.tp.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.tp.group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.place.dp
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.plan.dp
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.dp_group
+
+
+def adopt_process_group() -> None:
+    """Let DeepSpeed take over the torch.distributed that parallel/groups started.
+
+    On CPU it would first compile a shared-memory op: without ninja it dies, and a process killed meanwhile leaves a lock
+    on which every later run waits for ever. Nothing is compiled inside a training job.
+    """
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import groups as deepspeed_groups
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_groups.mpu = None  # it outlives an engine; a second one in the process would inherit it
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
