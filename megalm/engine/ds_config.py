@@ -24,7 +24,8 @@ def ds_config(config: Config, plan: Plan) -> dict[str, Any]:
         "steps_per_print": 1 << 60,  # megalm's own metrics report the steps
         # Partitioning what crosses a stage boundary assumes equal activations on all tp ranks, which sequence
         # parallelism breaks silently; recomputation is the model's own.
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0, "use_reentrant": False},
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0,
+                     "use_reentrant": False},
     }
     if config.precision.dtype == "bf16":
         derived |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}

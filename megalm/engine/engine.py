@@ -26,10 +26,12 @@ from megalm.parallel.random import StepContext
 from megalm.parallel.sharding import Part, declared
 from megalm.plan import Plan
 
+COUNTERS = ("skipped_steps", "global_steps", "global_samples", "micro_steps")
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step: token-mean loss, gradient norm before clipping, whether it was skipped as non-finite, learning rate."""
+    """Of one optimizer step: token-mean loss, gradient norm before clipping, whether it was skipped as non-finite, its rate."""
 
     loss: float
     grad_norm: float
@@ -40,7 +42,8 @@ class StepResult:
 class Engine:
     """Trains one rank's share of the model. Every method is collective: all ranks call it together.
 
-    `on_gradients`, when set, is called between reduction and step with an iterator of (Part, fp32 slice of the reduced gradient).
+    `on_gradients`, when set, is called between reduction and step with an iterator of (Part, fp32 slice of the reduced
+    gradient).
     """
 
     def __init__(self, config: Config, plan: Plan, groups: Groups, driver: Any, optimizer: torch.optim.Optimizer):
@@ -48,8 +51,9 @@ class Engine:
         self.driver, self.optimizer = driver, optimizer
         self.on_gradients: Callable[[Iterator[tuple[Part, Tensor]]], None] | None = None
         self._own_norm: Tensor | None = None
-        wrapper = type(self.deepspeed.optimizer).__name__
-        assert wrapper == plan.wrapper or (plan.wrapper == "none" and self.deepspeed.optimizer is optimizer), (wrapper, plan.wrapper)
+        bare = self.deepspeed.optimizer is optimizer
+        wrapper = "none" if bare else type(self.deepspeed.optimizer).__name__
+        assert wrapper == plan.wrapper, (wrapper, plan.wrapper)
 
     @property
     def deepspeed(self) -> Any:
@@ -114,8 +118,8 @@ class Engine:
         """Everything besides tensors that a resumed run needs; JSON."""
         state.allocate_state(self.deepspeed, self.optimizer)
         engine = self.deepspeed
-        counters = {"optimizer_step": state.optimizer_step(engine, self.optimizer), "skipped_steps": engine.skipped_steps,
-                    "global_steps": engine.global_steps, "global_samples": engine.global_samples, "micro_steps": engine.micro_steps}
+        counters = {"optimizer_step": state.optimizer_step(engine, self.optimizer)}
+        counters |= {name: getattr(engine, name) for name in COUNTERS}
         scaler = getattr(engine.optimizer, "loss_scaler", None)
         if self.config.precision.dtype == "fp16" and scaler is not None:
             counters["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)}
@@ -125,7 +129,7 @@ class Engine:
         """After `fragments` were overwritten from a checkpoint: counters set, working weights derived from the masters."""
         engine = self.deepspeed
         state.refresh(engine, self.optimizer, counters["optimizer_step"])
-        for name in ("skipped_steps", "global_steps", "global_samples", "micro_steps"):
+        for name in COUNTERS:
             setattr(engine, name, counters[name])
         for name, value in counters.get("loss_scaler", {}).items():
             setattr(engine.optimizer.loss_scaler, name, value)

@@ -1,4 +1,4 @@
-"""The true global gradient norm and clipping where DeepSpeed leaves them to us (ZeRO 0 at pp = 1), and reduced gradients by name."""
+"""Reduced gradients by name; the global norm and clipping where DeepSpeed leaves them to us (fp32, ZeRO 0, pp = 1)."""
 
 from __future__ import annotations
 

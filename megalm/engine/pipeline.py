@@ -38,7 +38,8 @@ class _Spec(LayerSpec):
 
 class _TiedSpec(TiedLayerSpec):
     def __init__(self, description: LayerDescription):
-        super().__init__(description.tied.replace(".", "_"), nn.Module, forward_fn=description.forward, tied_weight_attr=["weight"])
+        key = description.tied.replace(".", "_")  # a module's name has no dot
+        super().__init__(key, nn.Module, forward_fn=description.forward, tied_weight_attr=["weight"])
         self._description = description
 
     def build(self, log: bool = False) -> nn.Module:

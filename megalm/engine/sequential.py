@@ -50,7 +50,8 @@ class SequentialModel(nn.Module):
 class Sequential:
     """Runs the micro-batches of a step through DeepSpeedEngine; the interface of engine.pipeline.Pipeline."""
 
-    def __init__(self, model: SequentialModel, optimizer: torch.optim.Optimizer, config: dict, groups: Groups, context: StepContext):
+    def __init__(self, model: SequentialModel, optimizer: torch.optim.Optimizer, config: dict, groups: Groups,
+                 context: StepContext):
         from deepspeed.runtime.config import DeepSpeedConfig
         from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.zero import register_external_parameter

@@ -66,7 +66,8 @@ class SelfAttention(nn.Module):
             names = [f"{name}.{part}" for part in ("query", "key", "value")]
             self.qkv, self.shared = ColumnParallelLinear(names, [query, key_value, key_value], hidden, **options), None
         else:
-            self.qkv, self.shared = ColumnParallelLinear([f"{name}.query"], [query], hidden, **options), SharedKeyValue(name, build)
+            self.qkv = ColumnParallelLinear([f"{name}.query"], [query], hidden, **options)
+            self.shared = SharedKeyValue(name, build)
         self.query_norm = Norm(f"{name}.query_norm", size, build, partial=True) if model.qk_norm else None
         self.key_norm = Norm(f"{name}.key_norm", size, build, partial=True) if model.qk_norm else None
         self.projection = RowParallelLinear(f"{name}.projection", hidden, query, **{**options, "std": build.residual_std})

@@ -98,7 +98,8 @@ class Head(nn.Module):
         return hidden, self.weight
 
 
-def layers(config: Config, plan: Plan, tp: TensorParallel, context: StepContext, device: torch.device | None = None) -> list[LayerDescription]:
+def layers(config: Config, plan: Plan, tp: TensorParallel, context: StepContext,
+           device: torch.device | None = None) -> list[LayerDescription]:
     """The descriptions of `plan.layers`, in order; parameters are made on `device` in the config's precision."""
     build = Build(config, tp, context, DTYPES[config.precision.dtype], device or torch.device("cpu"))
     vocab, hidden = plan.padded_vocab_size, config.model.hidden_size
@@ -106,12 +107,14 @@ def layers(config: Config, plan: Plan, tp: TensorParallel, context: StepContext,
     def filled(make):
         return lambda: initialise(make(), config.train.seed)
 
-    embedding = filled(lambda: VocabParallelEmbedding(WORD, vocab, hidden, std=build.std, tp=tp, dtype=build.dtype, device=build.device))
+    embedding = filled(lambda: VocabParallelEmbedding(WORD, vocab, hidden, std=build.std, tp=tp, dtype=build.dtype,
+                                                      device=build.device))
     described = [LayerDescription("embedding", embedding, WORD if config.model.tie_embeddings else None),
                  LayerDescription("position", filled(lambda: Position(build)))]
     for index in range(config.model.num_layers):
         described.append(LayerDescription(f"layers.{index}", filled(lambda index=index: TransformerLayer(index, build))))
-    described.append(LayerDescription("final_norm", filled(lambda: Norm("final_norm", hidden, build, partial=tp.shards_sequence))))
+    final_norm = filled(lambda: Norm("final_norm", hidden, build, partial=tp.shards_sequence))
+    described.append(LayerDescription("final_norm", final_norm))
     if config.model.tie_embeddings:
         described.append(LayerDescription("head", embedding, WORD, lambda module, hidden_states: (hidden_states, module.weight)))
     else:

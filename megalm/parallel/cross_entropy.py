@@ -83,7 +83,7 @@ def _run(hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int, tp: TensorP
 
 
 def _accumulate(total: Tensor | None, grad_logits: Tensor, x: Tensor, chunks: int) -> Tensor:
-    """Add one chunk's weight gradient [V/tp, h]; several chunks are summed in fp32, a half-precision sum would lose the small ones."""
+    """Add one chunk's weight gradient [V/tp, h]; several chunks are summed in fp32, as half precision would lose small terms."""
     if chunks == 1:
         return grad_logits.t().matmul(x)
     if x.dtype == torch.float32:

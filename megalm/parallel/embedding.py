@@ -18,7 +18,8 @@ class VocabParallelEmbedding(nn.Module):
     It holds exactly one parameter, `weight`, so that it can be tied to the head.
     """
 
-    def __init__(self, name: str, vocab: int, hidden: int, *, std: float, tp: TensorParallel, dtype: torch.dtype, device: torch.device):
+    def __init__(self, name: str, vocab: int, hidden: int, *, std: float, tp: TensorParallel, dtype: torch.dtype,
+                 device: torch.device):
         super().__init__()
         self.tp = tp
         self.start, self.stop = tp.share(vocab)

@@ -140,7 +140,8 @@ def start(plan: Plan, device: torch.device | None = None, timeout: timedelta = D
         _initialise(device, timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     if world != plan.world_size:
-        raise ValueError(f"the launcher started {world} ranks but the plan needs {plan.world_size} (tp {plan.tp} x pp {plan.pp} x dp {plan.dp})")
+        raise ValueError(f"the launcher started {world} ranks but the plan needs {plan.world_size} "
+                         f"(tp {plan.tp} x pp {plan.pp} x dp {plan.dp})")
     tp_group = _own_group(plan.tp_groups(), rank, timeout)
     dp_group = _own_group(plan.dp_groups(), rank, timeout)
     control = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)

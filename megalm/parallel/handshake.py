@@ -1,4 +1,4 @@
-"""Before any work: do all ranks run the same thing? Different configs or versions otherwise end in a hang or in silent nonsense."""
+"""Before any work: do all ranks run the same thing? Different configs or versions otherwise end in a hang or in nonsense."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def shake_hands(groups: Groups, settings: Mapping[str, object]) -> None:
         for rank, one in enumerate(everyone):
             holders.setdefault(one.get(fact, "absent"), []).append(rank)
         if len(holders) > 1:
-            problems.append(f"{fact}: " + ", ".join(f"{value} on rank{'s' if len(ranks) > 1 else ''} {_ranks(ranks)}" for value, ranks in holders.items()))
+            problems.append(f"{fact}: " + ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items()))
     if problems:
         raise ValueError("the ranks were not started alike: " + "; ".join(problems))
 
 
 def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8]))
+    shown = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks[:8]))
     return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"

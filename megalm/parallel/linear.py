@@ -1,4 +1,4 @@
-"""Linear layers split over the tensor-parallel ranks: by rows of the weight's output (column-parallel) or of its input (row-parallel).
+"""Linear layers split over the tensor-parallel ranks: along their outputs (column-parallel) or inputs (row-parallel).
 
 Weights are [out, in] as in torch, so that "column-parallel" splits dim 0 and "row-parallel" dim 1 (Shoeybi et al., 2019).
 """
@@ -93,7 +93,8 @@ class RowParallelLinear(nn.Module):
         self.bias = None
         if bias:
             kind = Kind.PARTIAL if tp.shards_sequence else Kind.REPLICATED
-            self.bias = declare(nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)), kind, [Part(f"{name}.bias", (out_features,))])
+            self.bias = declare(nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)), kind,
+                                [Part(f"{name}.bias", (out_features,))])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tp.size == 1:

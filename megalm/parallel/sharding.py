@@ -63,7 +63,8 @@ class Declared:
     fill: float = 0.0
 
 
-def declare(parameter: nn.Parameter, kind: Kind, parts: Sequence[Part], *, std: float | None = None, fill: float = 0.0) -> nn.Parameter:
+def declare(parameter: nn.Parameter, kind: Kind, parts: Sequence[Part], *, std: float | None = None,
+            fill: float = 0.0) -> nn.Parameter:
     """Attach the declaration; DeepSpeed's clipping norm counts a parameter on every tp rank iff it carries the mark."""
     assert parameter.numel() == sum(part.numel for part in parts), (tuple(parameter.shape), parts)
     parameter.megalm = Declared(kind, tuple(parts), std, fill)
