@@ -1,0 +1,252 @@
+"""Fill an engine, under any layout, from a checkpoint that was saved under any other.
+
+Every target fragment is intersected with the stored ones; only the bytes in common are read, through the memory map that
+safetensors makes, and copied as strided boxes straight into place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megalm.checkpoint import boxes
+from megalm.checkpoint.find import find, read_manifest
+from megalm.checkpoint.format import DTYPES, CheckpointError, StoredFragment, index_file, inside, parse_index
+from megalm.checkpoint.fragment import MOMENT_ROLES, WEIGHT_ROLES, Fragment
+from megalm.checkpoint.save import Engine, Ranks
+
+PADDED_PARTS = ("embedding.word.weight", "head.weight")
+"""Their dim 0 is the vocabulary, padded: its size may differ between two plans of one model."""
+PROBLEMS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a resumed run goes on from."""
+
+    path: Path
+    step: int
+    consumed_samples: int
+    counters: dict[str, Any]
+    extra: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Stored:
+    """An open checkpoint: its description, and its tensors, of which only what is asked for is read.
+
+    Raises CheckpointError where a file isn't what the checkpoint says.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    fragments: dict[tuple[str, str], list[StoredFragment]]
+    _files: dict[str, Any] = field(default_factory=dict)
+    _checked: set[tuple[str, str]] = field(default_factory=set)
+
+    @classmethod
+    def open(cls, folder: Path) -> Stored:
+        """Read the description of one checkpoint's folder."""
+        manifest = read_manifest(folder)
+        fragments: dict[tuple[str, str], list[StoredFragment]] = {}
+        for rank in range(manifest["world_size"]):
+            entries = parse_index(folder, index_file(rank))
+            for entry in entries:
+                fragments.setdefault((entry.part, entry.role), []).append(entry)
+            _check_size(folder, entries)
+        return cls(folder, manifest, fragments)
+
+    @property
+    def roles(self) -> list[str]:
+        return sorted({role for _, role in self.fragments})
+
+    def of(self, part: str, role: str) -> list[StoredFragment]:
+        """The fragments that together are one part in one role; weights come from the masters where there are some.
+
+        Empty when the checkpoint has none. Raises CheckpointError when they don't hold every element exactly once, at one step.
+        """
+        for name in WEIGHT_ROLES if role in WEIGHT_ROLES else (role,):
+            entries = self.fragments.get((part, name))
+            if entries is None:
+                continue
+            if (part, name) not in self._checked:
+                problem = boxes.untiled(entries)
+                if not problem and len({entry.step for entry in entries}) > 1:
+                    problem = f"its pieces are of different optimizer steps: {sorted({str(entry.step) for entry in entries})}"
+                if problem:
+                    raise CheckpointError(f"{name} of {part}: {problem}")
+                self._checked.add((part, name))
+            return entries
+        return []
+
+    def read(self, entry: StoredFragment, first: int, length: int) -> Tensor:
+        """Elements [first, first + length) of a stored fragment, as a view of the mapped file."""
+        try:
+            if entry.file not in self._files:
+                self._files[entry.file] = safe_open(inside(self.folder, entry.file), framework="pt")
+            tensor = self._files[entry.file].get_slice(entry.key)
+            shape, dtype = tensor.get_shape(), tensor.get_dtype()
+            if shape != [entry.count] or DTYPES.get(dtype) != entry.dtype:
+                raise CheckpointError(f"{entry.file}: {entry.key} is {dtype} {shape}, not what its index says")
+            return tensor[first: first + length]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{entry.file}: {entry.key}: {error}") from error
+
+
+def _check_size(folder: Path, entries: Iterable[StoredFragment]) -> None:
+    """An index may not promise more than its file can hold: shapes are believed when memory is made for them."""
+    promised: dict[str, int] = {}
+    for entry in entries:
+        promised[entry.file] = promised.get(entry.file, 0) + entry.count * entry.dtype.itemsize
+    for file, size in promised.items():
+        if size > inside(folder, file).stat().st_size:
+            raise CheckpointError(f"{file} is smaller than the {size:,} bytes of the tensors that its index lists")
+
+
+def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool = False, allow_changes: bool = False) -> Loaded:
+    """Fill every fragment of the engine, owned or not, from the checkpoint at `path`; all ranks call it together.
+
+    Then `engine.refresh(counters)` with the saved counters. `weights_only` leaves moments and counters as they are: a start
+    from those weights.
+    `allow_changes`: moments of a kind that the checkpoint has none of keep their initial value. Rows that the vocabulary's
+    padding has here and not there do too. Raises CheckpointError on every rank, naming the part and what is missing.
+    """
+    stored, problem, cause, notes = None, None, None, []
+    try:
+        stored = Stored.open(find(path))
+        fragments = [fragment for fragment in engine.fragments() if not (weights_only and fragment.role in MOMENT_ROLES)]
+        if allow_changes:
+            fragments, notes = _without_unknown_moments(fragments, stored)
+        problem = _fill_all(fragments, stored)
+    except Exception as error:  # whatever it is, the other ranks wait for an answer
+        problem, cause = (str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"), error
+    problems = groups.agree(problem)
+    if problems:
+        lines = "; ".join(f"rank {rank}: {text}" for rank, text in problems[:PROBLEMS_SHOWN])
+        more = f"; and {len(problems) - PROBLEMS_SHOWN} more ranks" if len(problems) > PROBLEMS_SHOWN else ""
+        raise CheckpointError(f"{path} can't be loaded: {lines}{more}") from cause
+    assert stored is not None
+    manifest = stored.manifest
+    engine.refresh(engine.counters() if weights_only else manifest["counters"])
+    return Loaded(stored.folder, manifest["step"], manifest["consumed_samples"], manifest["counters"], manifest["extra"],
+                  tuple(notes))
+
+
+def _without_unknown_moments(fragments: Iterable[Fragment], stored: Stored) -> tuple[list[Fragment], list[str]]:
+    """Leave out moments of a role that the checkpoint has nowhere: another optimizer wrote it."""
+    unknown = {fragment.role for fragment in fragments if fragment.role in MOMENT_ROLES} - set(stored.roles)
+    notes = [f"{role} starts anew: {stored.folder} holds {', '.join(stored.roles)}" for role in sorted(unknown)]
+    return [fragment for fragment in fragments if fragment.role not in unknown], notes
+
+
+def _fill_all(fragments: Iterable[Fragment], stored: Stored) -> str | None:
+    """Fill each fragment; the first few problems in one line, or None."""
+    problems = []
+    for fragment in fragments:
+        try:
+            if fragment.count:
+                fill(fragment, stored)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if not problems:
+        return None
+    more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+    return "; ".join(problems[:PROBLEMS_SHOWN]) + more
+
+
+@torch.no_grad()
+def fill(target: Fragment, stored: Stored) -> int:
+    """Copy into `target` every element that the checkpoint has of it; returns how many bytes were read.
+
+    Raises CheckpointError when the part isn't stored, has another shape (the vocabulary's padding apart), or misses elements.
+    """
+    entries = stored.of(target.part, target.role)
+    if not entries:
+        raise CheckpointError(f"{target} isn't in the checkpoint, which holds {', '.join(stored.roles) or 'no tensors'}")
+    shape, own = entries[0].full_shape, tuple(target.full_shape)
+    resized = target.part in PADDED_PARTS and shape[1:] == own[1:]
+    if shape != own and not resized:
+        raise CheckpointError(f"{target} has shape {list(shape)} in the checkpoint and {list(own)} here")
+    wanted = [box for box in boxes.boxes(target) if not resized or box[0][0] < shape[0]]
+    expected = sum(boxes.size(box) if not resized else _rows_below(box, shape[0]) for box in wanted)
+    copied = read = 0
+    for entry in _near(entries, target):
+        for theirs in boxes.boxes(entry):
+            for ours in wanted:
+                common = boxes.intersect(ours, theirs)
+                if common is None:
+                    continue
+                sizes, strides, first, length = boxes.strides_in(entry, common)
+                source = stored.read(entry, first, length)
+                _box(target, common).copy_(source.as_strided(sizes, strides, source.storage_offset()))
+                copied, read = copied + boxes.size(common), read + boxes.size(common) * source.element_size()
+    if copied != expected:
+        raise CheckpointError(f"{target}: {expected - copied:,} of {expected:,} elements are missing")
+    return read
+
+
+def _rows_below(box: boxes.Box, rows: int) -> int:
+    (low, high), *rest = box
+    return boxes.size(((low, min(high, rows)), *rest))
+
+
+def _near(entries: Iterable[StoredFragment], target: Fragment) -> Iterator[StoredFragment]:
+    """The entries that may have elements of the target: the cheap test first, there may be thousands."""
+    for entry in entries:
+        same_dim = entry.dim == target.dim and entry.dim is not None
+        if same_dim and (entry.high <= target.low or target.high <= entry.low):
+            continue
+        same_slab = (entry.dim, entry.full_shape) == (target.dim, tuple(target.full_shape)) and (
+            entry.dim is None or (entry.low, entry.high) == (target.low, target.high))
+        if same_slab and (entry.start + entry.count <= target.start or target.start + target.count <= entry.start):
+            continue
+        yield entry
+
+
+def _box(target: Fragment, box: boxes.Box) -> Tensor:
+    """The box as a view of the target's own memory."""
+    tensor = target.tensor.detach()
+    assert tensor.dim() == 1 and tensor.is_contiguous(), f"{target}: not a contiguous 1-D tensor"
+    sizes, strides, first, _ = boxes.strides_in(target, box)
+    return tensor.as_strided(sizes, strides, tensor.storage_offset() + first)
+
+
+class Weights(Mapping[str, Tensor]):
+    """Part name -> the whole tensor, on the CPU, assembled when it is asked for and not kept."""
+
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+        weights = [entries[0] for (_, role), entries in stored.fragments.items() if role in WEIGHT_ROLES]
+        self._shapes = {entry.part: entry.full_shape for entry in weights}
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        """The full shape, without reading the tensor."""
+        return self._shapes[part]
+
+    def __getitem__(self, part: str) -> Tensor:
+        shape = self._shapes[part]
+        entries = self._stored.of(part, WEIGHT_ROLES[0])
+        tensor = torch.zeros(shape, dtype=entries[0].dtype)
+        fill(Fragment(part, WEIGHT_ROLES[0], shape, None, 0, shape[0], 0, tensor.view(-1), False), self._stored)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """The weights of a checkpoint (or of a run's newest whole one) by canonical part name, full tensors, one at a time.
+
+    The fp32 masters where there are some, else the weights. Raises CheckpointError.
+    """
+    return Weights(Stored.open(find(path)))
