@@ -80,10 +80,10 @@ def nearest(path: Sequence[str | int]) -> str:
     close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {'.'.join(map(str, path[:-1] + (close[0],)))}?"
-    elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
-    elsewhere += difflib.get_close_matches(".".join(names), known, n=1, cutoff=0.75)
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(known)}
+    elsewhere = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.75)
     if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
+        return f"; did you mean {by_leaf[elsewhere[0]]}?"
     return f"; known keys{' of ' + section if section else ''}: {', '.join(siblings)}"
 
 
