@@ -1,0 +1,100 @@
+"""The plan as a whole: what is derived, what is refused, what is noted, and that it needs no torch."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megalm.plan import PlanError, backends, make_plan
+from tests.config.trees import config
+
+
+def test_derived():
+    plan = make_plan(config(parallel={"tp": 2, "pp": 2, "sequence_parallel": True}, batch={"micro": 2, "global": 12}), 12)
+    assert (plan.world_size, plan.tp, plan.pp, plan.dp) == (12, 2, 2, 3)
+    assert (plan.micro_batch, plan.global_batch, plan.accumulation_steps) == (2, 12, 2)
+    assert (plan.vocab_size, plan.padded_vocab_size) == (300, 384)
+    assert plan.bubble == pytest.approx(1 / 3)
+    assert plan.sequence_parallel is True
+    assert plan.layers == ("embedding", "position", "layers.0", "layers.1", "layers.2", "layers.3", "final_norm", "head")
+    assert plan.stage_layers(0) + plan.stage_layers(1) == plan.layers
+    assert plan.place(7) == (1, 0, 1) and plan.rank(pp=1, dp=0, tp=1) == 7
+
+
+def test_stages_by_hand():
+    plan = make_plan(config(parallel={"pp": 3, "stages": [2, 1, 1]}), 3)
+    assert plan.stages == (0, 4, 5, 8)
+    assert plan.stage_layers(2) == ("layers.3", "final_norm", "head")
+
+
+def test_vocabulary():
+    unknown = config(model={"vocab_size": None})
+    assert make_plan(unknown, 1, vocab_size=257).vocab_size == 257
+    assert make_plan(config(), 1, vocab_size=257).vocab_size == 300      # the model may be larger than its tokenizer
+    with pytest.raises(PlanError, match=r"model\.vocab_size: missing"):
+        make_plan(unknown, 1)
+    with pytest.raises(PlanError, match=r"model\.vocab_size: 300 is smaller than the tokenizer's vocabulary of 301"):
+        make_plan(config(), 1, vocab_size=301)
+
+
+def test_all_problems_at_once():
+    with pytest.raises(PlanError) as error:
+        make_plan(config(parallel={"tp": 2, "pp": 2}, model={"vocab_size": None}), 6)
+    assert [problem.split(":")[0].split(" is")[0] for problem in error.value.problems] == ["world size 6", "model.vocab_size"]
+    with pytest.raises(PlanError, match=r"batch.global = 8 is not divisible by batch.micro x dp = 1 x 3 = 3"):
+        make_plan(config(), 3)
+
+
+@pytest.mark.parametrize("dtype, zero, pp, effective, wrapper", [
+    ("fp32", 0, 1, 0, "none"),
+    ("fp32", 0, 2, 1, "DeepSpeedZeroOptimizer"),
+    ("fp32", 1, 1, 1, "DeepSpeedZeroOptimizer"),
+    ("fp32", 2, 1, 2, "DeepSpeedZeroOptimizer"),
+    ("fp32", 3, 1, 3, "DeepSpeedZeroOptimizer_Stage3"),
+    ("bf16", 0, 1, 1, "BF16_Optimizer"),
+    ("bf16", 0, 2, 1, "BF16_Optimizer"),
+    ("bf16", 1, 1, 1, "BF16_Optimizer"),
+    ("bf16", 2, 1, 2, "DeepSpeedZeroOptimizer"),
+    ("bf16", 3, 1, 3, "DeepSpeedZeroOptimizer_Stage3"),
+    ("fp16", 0, 1, 1, "DeepSpeedZeroOptimizer"),
+    ("fp16", 1, 2, 1, "DeepSpeedZeroOptimizer"),
+])
+def test_zero_stage_and_wrapper(dtype, zero, pp, effective, wrapper):
+    plan = make_plan(config(precision={"dtype": dtype}, parallel={"zero_stage": zero, "pp": pp}), pp)
+    assert (plan.zero_stage, plan.wrapper) == (effective, wrapper)
+    assert any(note.startswith("parallel.zero_stage 0 runs as 1") for note in plan.notes) == (effective != zero)
+
+
+def test_notes():
+    plan = make_plan(config(parallel={"pp": 4, "sequence_parallel": True}, batch={"global": 2}), 4)
+    assert plan.sequence_parallel is False
+    assert any("no effect" in note for note in plan.notes)
+    assert any(note.startswith("each stage waits 60% of a step: 2 micro-batches in 4 stages") for note in plan.notes)
+    assert make_plan(config(), 1).notes == ()
+
+
+def test_plan_is_frozen_and_json():
+    plan = make_plan(config(), 1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.tp = 2
+    read = json.loads(json.dumps(plan.to_dict()))
+    assert read == plan.to_dict()
+    assert read["stages"] == [0, 8] and read["layers"][0] == "embedding"
+
+
+def test_intended_backends(monkeypatch):
+    monkeypatch.setattr(backends, "_table", lambda: {"attention": ["torch", "reference"], "norm": {}})
+    found = make_plan(config(kernels={"rotary": "reference"}), 1).backends
+    assert (found["attention"], found["norm"], found["rotary"]) == ("torch", "auto", "reference")
+    monkeypatch.setattr(backends, "_table", dict)
+    assert make_plan(config(), 1).backends["attention"] == "auto"
+
+
+def test_no_torch_is_imported():
+    code = ("import sys, megalm.plan, megalm.plan.memory, megalm.plan.flops; "
+            "print(sorted({'torch', 'numpy', 'deepspeed', 'megalm.plan.memory'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "['megalm.plan.memory']", done.stderr
