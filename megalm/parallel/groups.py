@@ -11,14 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megalm.plan import Place, Plan
 
+T = TypeVar("T")
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+class LaunchError(ValueError):
+    """The ranks were not started as this run needs them."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,20 @@ class Groups:
         """(rank, problem) of every rank that reports one, known to all of them; empty when all went well."""
         return [(rank, text) for rank, text in enumerate(self.gather(problem)) if text]
 
+    def agreed(self, work: Callable[[], T]) -> T:
+        """Rank 0's result of `work`, which every rank runs. Where any rank's raised ValueError, all of them raise."""
+        result, problem = None, None
+        try:
+            result = work()
+        except ValueError as error:
+            problem = error
+        others = self.agree(str(problem) if problem else None)
+        if problem is not None:
+            raise problem
+        if others:
+            raise LaunchError("; ".join(f"rank {rank}: {text}" for rank, text in others))
+        return self.broadcast(result)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self.control)
@@ -125,11 +144,16 @@ class Groups:
             raise RuntimeError("; ".join(f"rank {rank}: {text}" for rank, text in problems))
 
 
+def launched_world() -> int:
+    """How many ranks the launcher started; 1 where there was none."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start(plan: Plan, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> Groups:
     """Join the process group that the launcher described in the environment and make this plan's groups.
 
     An already initialised torch.distributed is adopted (tests fork ranks that joined through a file).
-    Raises ValueError when the launched world is not the planned one.
+    Raises LaunchError when the launched world is not the planned one.
     """
     if device is None:
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -140,7 +164,7 @@ def start(plan: Plan, device: torch.device | None = None, timeout: timedelta = D
         _initialise(device, timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     if world != plan.world_size:
-        raise ValueError(f"the launcher started {world} ranks but the plan needs {plan.world_size} "
+        raise LaunchError(f"the launcher started {world} ranks but the plan needs {plan.world_size} "
                          f"(tp {plan.tp} x pp {plan.pp} x dp {plan.dp})")
     tp_group = _own_group(plan.tp_groups(), rank, timeout)
     dp_group = _own_group(plan.dp_groups(), rank, timeout)
@@ -159,7 +183,9 @@ def _initialise(device: torch.device, timeout: timedelta) -> None:
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
         # One host: gloo would otherwise listen on whatever the host name resolves to, which may be no interface of ours.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    store = os.environ.get("MEGALM_STORE")  # the local launcher's meeting place: a file, which unlike a port nobody can take
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"file://{store}" if store else "env://",
+                            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), timeout=timeout)
 
 
 def _own_group(lists: list[list[int]], rank: int, timeout: timedelta) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import megalm
-from megalm.parallel.groups import Groups
+from megalm.parallel.groups import Groups, LaunchError
 
 LIBRARIES = ("torch", "deepspeed", "numpy", "pydantic", "safetensors")
 
@@ -31,7 +31,7 @@ def facts(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 def shake_hands(groups: Groups, settings: Mapping[str, object]) -> None:
-    """Raise ValueError on every rank, naming each difference and who has which value, unless all ranks agree."""
+    """Raise LaunchError on every rank, naming each difference and who has which value, unless all ranks agree."""
     everyone = groups.gather(facts(settings))
     problems = []
     for fact in sorted({name for one in everyone for name in one}):
@@ -41,7 +41,7 @@ def shake_hands(groups: Groups, settings: Mapping[str, object]) -> None:
         if len(holders) > 1:
             problems.append(f"{fact}: " + ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items()))
     if problems:
-        raise ValueError("the ranks were not started alike: " + "; ".join(problems))
+        raise LaunchError("the ranks were not started alike: " + "; ".join(problems))
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -1,0 +1,128 @@
+"""Groups of a 2 x 2 x 2 grid, and the questions asked of all ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megalm.parallel.groups import LaunchError, TensorParallel, start
+from megalm.parallel.handshake import shake_hands
+from megalm.parallel.stop import StopSignal
+from megalm.plan.topology import Topology
+from tests import dist as ranks
+
+
+def _plan(tp: int, pp: int, dp: int) -> SimpleNamespace:
+    """As much of a plan as the groups need."""
+    grid = Topology(pp=pp, dp=dp, tp=tp)
+    return SimpleNamespace(tp=tp, pp=pp, dp=dp, world_size=tp * pp * dp, sequence_parallel=True, place=grid.place,
+                           tp_groups=grid.tp_groups, dp_groups=grid.dp_groups)
+
+
+def run_grid(rank: int, world: int, folder) -> dict:
+    groups = start(_plan(2, 2, 2))
+    value = torch.tensor([2.0 ** rank])
+    own = torch.distributed.get_process_group_ranks(groups.tp.group)
+    work = []
+    groups.once_per_filesystem(lambda: work.append(rank), folder)
+    with pytest.raises(RuntimeError, match="rank 0: no space"):
+        groups.once_per_filesystem(lambda: (_ for _ in ()).throw(OSError("no space")), folder)
+    return {"tp": own, "dp_sum": groups.sum_over_dp(value).item(), "any": groups.any(rank == 5), "none": groups.any(False),
+            "problems": groups.agree(f"disk of {rank}" if rank in (1, 6) else None), "did": work,
+            "agreed": groups.agreed(lambda: f"by {rank}"), "left": list(folder.iterdir())}
+
+
+def test_grid_and_agreement(tmp_path):
+    found = ranks.run(run_grid, 8, tmp_path / "shared")
+    assert [one["tp"] for one in found] == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5], [6, 7], [6, 7]]
+    assert [one["dp_sum"] for one in found] == [2.0 ** a + 2.0 ** b for a, b in ((0, 2), (1, 3), (0, 2), (1, 3), (4, 6), (5, 7), (4, 6), (5, 7))]
+    assert all(one["any"] and not one["none"] for one in found)
+    assert all(one["problems"] == [(1, "disk of 1"), (6, "disk of 6")] for one in found)
+    assert [one["did"] for one in found] == [[0]] + [[]] * 7
+    assert {one["agreed"] for one in found} == {"by 0"}
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def run_bad_agreement(rank: int, world: int) -> str:
+    groups = start(_plan(2, 1, 1))
+
+    def work() -> int:
+        if rank == 1:
+            raise ValueError("no such file here")
+        return 3
+
+    try:
+        groups.agreed(work)
+    except ValueError as error:
+        return str(error)
+    return "passed"
+
+
+def test_a_problem_of_one_rank_is_everybodys():
+    assert ranks.run(run_bad_agreement, 2) == ["rank 1: no such file here", "no such file here"]
+
+
+def run_wrong_world(rank: int, world: int) -> str:
+    with pytest.raises(LaunchError) as caught:
+        start(_plan(2, 2, 1))
+    return str(caught.value)
+
+
+def test_wrong_world_size_says_both_numbers():
+    assert ranks.run(run_wrong_world, 2)[0] == "the launcher started 2 ranks but the plan needs 4 (tp 2 x pp 2 x dp 1)"
+
+
+def run_handshake(rank: int, world: int, odd: int) -> str:
+    groups = start(_plan(2, 1, 1))
+    try:
+        shake_hands(groups, {"optimizer.lr": 0.1 + (rank == odd), "train.seed": 3})
+    except LaunchError as error:
+        return str(error)
+    return "agreed"
+
+
+def test_handshake_names_the_difference():
+    assert ranks.run(run_handshake, 2, -1) == ["agreed", "agreed"]
+    message = "the ranks were not started alike: config optimizer.lr: 0.1 on rank 0, 1.1 on rank 1"
+    assert ranks.run(run_handshake, 2, 1) == [message, message]
+
+
+def test_share_is_a_partition():
+    shares = [TensorParallel(rank, 4).share(12) for rank in range(4)]
+    assert shares == [(0, 3), (3, 6), (6, 9), (9, 12)]
+    with pytest.raises(AssertionError):
+        TensorParallel(0, 4).share(10)
+
+
+def _signalled(*sent: tuple[int, float]) -> tuple[int, bool]:
+    """(exit status, still running when asked) of a child that gets these signals after these waits."""
+    child = os.fork()
+    if child == 0:
+        with StopSignal():
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                time.sleep(0.05)
+        os._exit(0)
+    time.sleep(0.3)
+    for number, wait in sent:
+        time.sleep(wait)
+        os.kill(child, number)
+    time.sleep(0.3)
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return 0, True
+    return os.waitstatus_to_exitcode(status), False
+
+
+def test_one_signal_is_polite_and_a_late_second_sigint_is_final():
+    assert _signalled((signal.SIGINT, 0)) == (0, True)
+    assert _signalled((signal.SIGINT, 0), (signal.SIGINT, 0.2)) == (0, True)
+    assert _signalled((signal.SIGINT, 0), (signal.SIGTERM, 2.2)) == (0, True)
+    assert _signalled((signal.SIGINT, 0), (signal.SIGINT, 2.2)) == (130, False)
