@@ -39,17 +39,20 @@ class RankFailed(AssertionError):
     """A rank raised, died or hung; the message has its traceback or signal, and the end of its output."""
 
 
-def run(job: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, threads: int = 1, **kwargs: Any) -> list[Any]:
+def run(
+    job: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, threads: int = 1, group: bool = True, **kwargs: Any
+) -> list[Any]:
     """`[job(rank, world_size, *args, **kwargs) for rank in range(world_size)]`, each on its own process.
 
-    `job` must be importable by name. Raises RankFailed as soon as one rank fails, or after `timeout` seconds.
+    `job` must be importable by name. `group=False` leaves torch.distributed alone: plain warm processes.
+    Raises RankFailed as soon as one rank fails, or after `timeout` seconds.
     """
     name = f"{job.__module__}:{job.__qualname__}"
     assert "<locals>" not in name, f"{name}: a job must be a function at the top of its module"
     payload = pickle.dumps((args, kwargs))
     server = _server()
     try:
-        kind, value = server.ask((name, world_size, payload, timeout, threads), timeout + MARGIN_SECONDS)
+        kind, value = server.ask((name, world_size, payload, timeout, threads, group), timeout + MARGIN_SECONDS)
     except (TimeoutError, EOFError, ConnectionError) as error:
         server.kill()
         _server.cache_clear()

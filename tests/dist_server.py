@@ -49,23 +49,36 @@ def main() -> None:
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _lead(connection, server, *request)
+            _lead(connection, server, _Request(*request))
         _, status = os.waitpid(pid, 0)
         if status != 0:
             connection.send(("failed", f"the leader of the ranks ended with {describe_status(status)}"))
 
 
-def _lead(connection: Connection, server: int, name: str, world_size: int, payload: bytes, timeout: float, threads: int) -> None:
+@dataclass(frozen=True)
+class _Request:
+    name: str  # module:function
+    world_size: int
+    payload: bytes  # pickled (args, kwargs)
+    timeout: float
+    threads: int
+    group: bool
+
+    def job(self) -> Any:
+        module, _, function = self.name.partition(":")
+        return functools.reduce(getattr, function.split("."), importlib.import_module(module))
+
+
+def _lead(connection: Connection, server: int, request: _Request) -> None:
     """The leader: one answer, ("results", pickles) or ("failed", text), then exit."""
     die_with_parent(server)
     os.setsid()
     adopt_orphans()
     folder = Path(tempfile.mkdtemp(prefix="megalm-ranks-"))
     try:
-        module, _, function = name.partition(":")
-        job = functools.reduce(getattr, function.split("."), importlib.import_module(module))
-        ranks = [_start(job, rank, world_size, payload, threads, folder, timeout) for rank in range(world_size)]
-        answer = _watch(ranks, time.monotonic() + timeout, timeout)
+        request.job()  # imports its module once for all ranks
+        ranks = [_start(request, rank, folder) for rank in range(request.world_size)]
+        answer = _watch(ranks, time.monotonic() + request.timeout, request.timeout)
     except Exception:
         answer = ("failed", traceback.format_exc())
     end_descendants(patience=0)
@@ -84,19 +97,19 @@ class _Rank:
     when: float = 0.0  # of its error; a rank that died without a word comes first: the others' errors follow from it
 
 
-def _start(job: Any, rank: int, world_size: int, payload: bytes, threads: int, folder: Path, timeout: float) -> _Rank:
+def _start(request: _Request, rank: int, folder: Path) -> _Rank:
     reader, writer = Pipe(duplex=False)
     output = folder / f"rank_{rank}.log"
     leader = os.getpid()
     pid = os.fork()
     if pid == 0:
         reader.close()
-        _rank(job, rank, world_size, payload, threads, folder, timeout, output, writer, leader)
+        _rank(request, rank, folder, output, writer, leader)
     writer.close()
     return _Rank(rank, pid, reader, output)
 
 
-def _rank(job, rank, world_size, payload, threads, folder, timeout, output, writer, leader) -> None:
+def _rank(request: _Request, rank: int, folder: Path, output: Path, writer: Connection, leader: int) -> None:
     """One rank, from the fork to its end; never returns."""
     die_with_parent(leader)
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -104,7 +117,7 @@ def _rank(job, rank, world_size, payload, threads, folder, timeout, output, writ
     os.dup2(file, 2)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     try:
-        value = _join_and_run(job, rank, world_size, payload, threads, folder, timeout)
+        value = _join_and_run(request, rank, folder)
         answer = ("result", pickle.dumps(value))
     except BaseException:
         answer = ("error", traceback.format_exc())
@@ -115,22 +128,24 @@ def _rank(job, rank, world_size, payload, threads, folder, timeout, output, writ
     os._exit(0)  # no destructors: a process group that others have left may not go down quietly
 
 
-def _join_and_run(job, rank, world_size, payload, threads, folder, timeout) -> Any:
+def _join_and_run(request: _Request, rank: int, folder: Path) -> Any:
     import torch
     import torch.distributed
 
-    size = str(world_size)
+    torch.set_num_threads(request.threads)
+    args, kwargs = pickle.loads(request.payload)
+    if not request.group:
+        return request.job()(rank, request.world_size, *args, **kwargs)
+    size = str(request.world_size)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, LOCAL_SIZE=size)
-    torch.set_num_threads(threads)
     torch.distributed.init_process_group(
         "gloo",
-        store=torch.distributed.FileStore(str(folder / "store"), world_size),
+        store=torch.distributed.FileStore(str(folder / "store"), request.world_size),
         rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout),
+        world_size=request.world_size,
+        timeout=timedelta(seconds=request.timeout),
     )
-    args, kwargs = pickle.loads(payload)
-    value = job(rank, world_size, *args, **kwargs)
+    value = request.job()(rank, request.world_size, *args, **kwargs)
     torch.distributed.barrier()  # nobody leaves while another still talks to it
     return value
 

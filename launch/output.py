@@ -1,0 +1,54 @@
+"""Where a rank's output goes: one log file a rank, and rank 0's on the console too."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def log_path(run_folder: str | Path, rank: int) -> Path:
+    """train.dir/logs/rank_00003.log"""
+    return Path(run_folder) / "logs" / f"rank_{rank:05d}.log"
+
+
+def redirect(log: Path, console: bool) -> None:
+    """Send file descriptors 1 and 2 of this process to the end of `log`; with `console` also to where they went before.
+
+    The copy is made by a `tee` of its own session, so that the last words of a killed process still arrive, and
+    neither Ctrl-C nor a console that goes away (`| head`, a lost ssh) cuts the log or the training off. `sys.stdout` gets
+    two attributes for progress displays: `terminal`, a stream straight to the terminal that the console is (None if it is
+    none), and `log`, a stream to the log file alone.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    os.write(file, f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}\n".encode())
+    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8") if console and os.isatty(1) else None
+    if console:
+        command = ["tee", "-ai", "--output-error=warn-nopipe", str(log)]
+        tee = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        target = tee.stdin.fileno()
+    else:
+        target = file
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    if console:
+        tee.stdin.close()
+    options = {"buffering": 1, "encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
+    sys.stdout, sys.stderr = open(1, "w", **options), open(2, "w", **options)  # noqa: SIM115
+    sys.stdout.terminal = terminal
+    sys.stdout.log = os.fdopen(file, "w", encoding="utf-8", buffering=1)
+
+
+def tail(log: Path, lines: int = 20) -> list[str]:
+    """The last lines of a log file, read from its last 64 KiB; empty if there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []

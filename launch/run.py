@@ -1,0 +1,74 @@
+"""`megalm train` and what the launchers start: one rank where a launcher described one, else all ranks of this machine.
+
+    megalm train CONFIG [section.key=value ...]
+    deepspeed [--hostfile H] launch/run.py --config CONFIG [section.key=value ...]
+    torchrun --nproc-per-node N launch/run.py --config CONFIG [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megalm.config import ConfigError, load
+from megalm.launch import local, rank
+from megalm.launch.process import die_with_parent
+
+
+def parse(argv: Sequence[str], program: str = "megalm train") -> argparse.Namespace:
+    """The arguments: `.config`, `.overrides`, `.local_rank`, `.job`. Anything else is an error and exit code 2."""
+    parser = argparse.ArgumentParser(prog=program, description="Train the model that a config describes.", allow_abbrev=False)
+    parser.add_argument("positional", nargs="*", metavar="CONFIG [section.key=value ...]", help="the config, then overrides")
+    parser.add_argument("--config", help="the config file, where it isn't the first argument")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="given by launchers; RANK and LOCAL_RANK are what counts")
+    parser.add_argument("--job", default=rank.TRAIN, help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args(argv)
+    rest = list(arguments.positional)
+    if arguments.config is None:
+        if not rest:
+            parser.error("no config file given")
+        arguments.config = rest.pop(0)
+    arguments.overrides = rest
+    for item in rest:
+        if "=" not in item:
+            parser.error(f"{item!r} is neither an option nor a section.key=value")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run to the end and return the exit code."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _one_rank(arguments)
+    try:
+        return local.start(arguments.config, arguments.overrides, arguments.job)
+    except KeyboardInterrupt:  # before any rank was started
+        return rank.INTERRUPTED
+
+
+def _one_rank(arguments: argparse.Namespace) -> int:
+    """This process is a rank of somebody's: torchrun's, deepspeed's, or the local launcher's."""
+    number = int(os.environ["RANK"])
+    ours = os.environ.get(local.LAUNCHER_PID)
+    if ours is not None:
+        die_with_parent(int(ours))
+    elif arguments.local_rank is not None or "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    try:
+        config = load(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        if number == 0:
+            print(error, file=sys.stderr)
+        return rank.USER_ERROR
+    code = rank.run(arguments.job, arguments.config, arguments.overrides, config.train.dir, number)
+    if ours is None or code == 0:
+        return code
+    os._exit(code)  # a rank that failed doesn't wait for threads or destructors that wait for other ranks
+
+
+if __name__ == "__main__":
+    sys.exit(main())

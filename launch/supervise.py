@@ -1,0 +1,142 @@
+"""Watching the ranks of this machine until all have ended: signals, the first failure, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalm.launch import output
+from megalm.launch.process import describe_status, end_descendants
+from megalm.launch.rank import INTERRUPTED, USER_ERROR
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 5.0  # from the first failure to SIGKILL for the rest: time for their own last words
+FLUSH_SECONDS = 1.0  # where the job didn't end well: for the last of rank 0's output
+LEFTOVER_SECONDS = 10.0  # for helpers of ranks that ended well (loggers that are still writing)
+SECOND_INTERRUPT_SECONDS = 2.0  # terminals and impatient fingers repeat a Ctrl-C; only a later one means "at once"
+TAIL_LINES = 20
+
+
+@dataclass
+class RankProcess:
+    """A started rank: `place` is its place in the grid in words, `status` what waitpid said once it has ended."""
+
+    rank: int
+    pid: int
+    place: str
+    log: Path
+    status: int | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.status is not None and self.status != 0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.place})"
+
+
+class Interrupts:
+    """SIGINT, SIGTERM and SIGHUP of the launcher while ranks run, as a context manager.
+
+    Each asks the ranks, once, to save and leave. A second SIGINT ends everything at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.at_once = False
+
+    def __enter__(self) -> Interrupts:
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+        elif number == signal.SIGINT and now - self.first >= SECOND_INTERRUPT_SECONDS:
+            self.at_once = True
+
+
+def supervise(ranks: Sequence[RankProcess], interrupts: Interrupts) -> int:
+    """Wait for every rank; returns the exit code of the job: 0 if all ended with 0.
+
+    When a rank fails, its place, its exit code or signal and the end of its log are printed, and the others are
+    SIGKILLed after a short grace: a SIGTERM would ask them to save together with a rank that is gone.
+    """
+    first: RankProcess | None = None
+    told = False
+    deadline = float("inf")
+    while any(rank.status is None for rank in ranks):
+        for rank in _ended(ranks):
+            if rank.failed and first is None:
+                first = rank
+                deadline = time.monotonic() + GRACE_SECONDS
+        if interrupts.first is not None and not told:
+            told = True
+            _signal_all(ranks, signal.SIGTERM)
+            _say("stopping: the ranks save and leave at the next step (Ctrl-C again ends them at once)")
+        if interrupts.at_once or time.monotonic() >= deadline:
+            _signal_all(ranks, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+    end_descendants(LEFTOVER_SECONDS if first is None and not interrupts.at_once else FLUSH_SECONDS)
+    if interrupts.at_once:
+        _say("ended at once; the last checkpoint is whole")
+        return INTERRUPTED
+    if first is None:
+        return 0
+    if told and all(_was_interrupted(rank.status) for rank in ranks if rank.failed):
+        _say("interrupted before training had begun; nothing was saved")
+        return INTERRUPTED
+    code = os.WEXITSTATUS(first.status) if os.WIFEXITED(first.status) else 128 + os.WTERMSIG(first.status)
+    if not (code == USER_ERROR and ranks[0].status == first.status):  # then rank 0 has said on the console what is wrong
+        _report(first, [rank for rank in ranks if rank.failed and rank is not first])
+    return code
+
+
+def _ended(ranks: Sequence[RankProcess]) -> list[RankProcess]:
+    """The ranks that ended since the last call; those that a signal ended come first, as the others' failures follow from it."""
+    ended = []
+    for rank in ranks:
+        if rank.status is None:
+            pid, status = os.waitpid(rank.pid, os.WNOHANG)
+            if pid:
+                rank.status = status
+                ended.append(rank)
+    return sorted(ended, key=lambda rank: not os.WIFSIGNALED(rank.status))
+
+
+def _signal_all(ranks: Sequence[RankProcess], number: int) -> None:
+    for rank in ranks:
+        if rank.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, number)
+
+
+def _was_interrupted(status: int) -> bool:
+    if os.WIFSIGNALED(status):
+        return os.WTERMSIG(status) in (signal.SIGINT, signal.SIGTERM)
+    return os.WEXITSTATUS(status) == INTERRUPTED
+
+
+def _report(first: RankProcess, others: Sequence[RankProcess]) -> None:
+    _say(f"{first} failed: {describe_status(first.status)}; the job has ended. The end of {first.log}:")
+    for line in output.tail(first.log, TAIL_LINES):
+        print(f"  | {line}", file=sys.stderr)
+    if others:
+        print(f"  (then {', '.join(f'rank {rank.rank}: {describe_status(rank.status)}' for rank in others)})", file=sys.stderr)
+
+
+def _say(text: str) -> None:
+    print(f"megalm: {text}", file=sys.stderr, flush=True)
