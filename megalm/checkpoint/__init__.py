@@ -4,8 +4,8 @@ from megalm.checkpoint.find import fault, find, newest
 from megalm.checkpoint.format import CheckpointError
 from megalm.checkpoint.fragment import Fragment
 from megalm.checkpoint.load import Loaded, Weights, load, read_weights
-from megalm.checkpoint.resume import Difference, check_resume, choose, differences
+from megalm.checkpoint.resume import Difference, check_resume, choose, differences, flatten
 from megalm.checkpoint.save import save
 
 __all__ = ["CheckpointError", "Difference", "Fragment", "Loaded", "Weights", "check_resume", "choose", "differences", "fault",
-           "find", "load", "newest", "read_weights", "save"]
+           "find", "flatten", "load", "newest", "read_weights", "save"]

@@ -40,7 +40,7 @@ def fault(folder: Path) -> str | None:
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
             if path.suffix == ".json" and path.parent == folder:
                 read_json(path)
     except CheckpointError as error:

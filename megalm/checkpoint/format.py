@@ -147,6 +147,8 @@ def _parse_fragment(entry: Mapping[str, Any], file: str) -> StoredFragment:
         raise ValueError(f"{entry.get('key')!r}: a number isn't an integer")
     if entry["role"] not in ROLES or not isinstance(entry["part"], str) or not isinstance(entry["key"], str):
         raise ValueError(f"{entry.get('key')!r}: role {entry['role']!r} of part {entry['part']!r}")
+    if entry["key"].split("#")[0] != f"{entry['role']}/{entry['part']}":
+        raise ValueError(f"{entry['key']!r} names {entry['role']}/{entry['part']}")
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{entry['key']!r}: dtype {entry['dtype']!r} is none of {', '.join(DTYPES)}")
     dtype = DTYPES[entry["dtype"]]

@@ -129,7 +129,8 @@ class _Attempt:
             return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
         name = errno.errorcode.get(error.errno, "OSError") if error.errno else type(error).__name__
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror or error} [{name}]{where}, {self.needed:,} bytes needed, {_free_bytes(self.root)} free"
+        needed = f", {self.needed:,} bytes needed" if self.needed else ""
+        return f"{error.strerror or error} [{name}]{where}{needed}, {_free_bytes(self.root)} bytes free"
 
 
 def _free_bytes(folder: Path) -> str:

@@ -1,0 +1,121 @@
+"""When a run may go on from a checkpoint."""
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from megalm.checkpoint import CheckpointError, check_resume, choose, differences
+from megalm.checkpoint.resume import flatten
+from tests.checkpoint.fakes import SMALL, draw, engines, plan, save_all, settings
+from tests.checkpoint.test_layouts import succeed
+
+CONFIG = {
+    "model": {"hidden_size": 64, "vocab_multiple": 128, "vocab_size": None, "rotary_scaling": {"type": "linear", "factor": 2.0}},
+    "parallel": {"tp": 2}, "batch": {"global": 8}, "schedule": {"decay": "cosine"},
+    "optimizer": {"lr": 0.1, "betas": [0.9, 0.95]},
+    "data": {"train": [{"path": "a", "weight": 1.0}], "valid": [], "seed": None, "cache": None},
+    "train": {"seed": 1, "steps": 10},
+}
+
+
+def changed(path: str, value) -> dict:
+    config = copy.deepcopy(CONFIG)
+    *above, name = path.split(".")
+    section = config
+    for key in above:
+        section = section[int(key)] if key.isdigit() else section[key]
+    section[name] = value
+    return config
+
+
+@pytest.mark.parametrize("path, value, line", [
+    ("model.hidden_size", 65, "model.hidden_size: stored 64, now 65"),
+    ("model.rotary_scaling", None, "model.rotary_scaling.type: stored 'linear', now nothing"),
+    ("optimizer.lr", 0.2, "optimizer.lr: stored 0.1, now 0.2"),
+    ("optimizer.betas", [0.9, 0.99], "optimizer.betas[1]: stored 0.95, now 0.99"),
+    ("data.train.0.path", "b", "data.train[0].path: stored 'a', now 'b'"),
+    ("data.valid", [{"path": "v"}], "data.valid[0].path: stored nothing, now 'v'"),
+    ("data.seed", 5, "data.seed: stored None, now 5"),
+    ("train.seed", 2, "train.seed: stored 1, now 2"),
+])
+def test_what_shapes_the_numbers_is_compared(path, value, line):
+    assert line in [str(difference) for difference in differences(CONFIG, changed(path, value))]
+
+
+@pytest.mark.parametrize("path, value", [
+    ("model.vocab_multiple", 64), ("data.cache", "/elsewhere"), ("parallel.tp", 4), ("train.steps", 20), ("batch.global", 16),
+    ("schedule.decay", "wsd")])
+def test_what_doesn_t_is_free(path, value):
+    assert differences(CONFIG, changed(path, value)) == []
+
+
+def test_all_differences_come_at_once():
+    config = changed("optimizer.lr", 0.2)
+    config["train"]["seed"] = 9
+    config["model"]["hidden_size"] = 128
+    assert [difference.path for difference in differences(CONFIG, config)] == ["model.hidden_size", "optimizer.lr", "train.seed"]
+
+
+def test_tuples_and_lists_are_the_same_json():
+    config = copy.deepcopy(CONFIG)
+    config["optimizer"]["betas"] = (0.9, 0.95)
+    config["data"]["valid"] = ()
+    assert differences(CONFIG, config) == []
+
+
+def test_flatten_names_leaves_by_their_paths():
+    assert flatten({"a": {"b": [1, {"c": 2}]}, "d": [], "e": {}}) == {"a.b[0]": 1, "a.b[1].c": 2, "d": [], "e": {}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    succeed(save_all(tmp_path, 4, engines(SMALL, draw(SMALL))))
+    return tmp_path
+
+
+def test_the_error_lists_every_difference(run):
+    path = choose(run, "auto")
+    assert path.name == "step_00000004"
+    assert check_resume(path, settings()) == []
+    other = settings(train={"seed": 2}, optimizer={"lr": 0.3})
+    with pytest.raises(CheckpointError) as caught:
+        check_resume(path, other)
+    assert "checkpoint.allow_changes=true" in str(caught.value)
+    assert str(caught.value).splitlines()[1:] == ["  train.seed: stored 1, now 2", "  optimizer.lr: stored 0.1, now 0.3"]
+    allowed = settings(allow_changes=True, train={"seed": 2})
+    assert [difference.path for difference in check_resume(path, allowed)] == ["train.seed"]
+
+
+def test_a_vocabulary_of_another_size_is_another_model_whoever_states_it(run):
+    path = choose(run, "auto")
+    assert check_resume(path, settings(model={"hidden_size": 12, "vocab_size": 60}), plan()) == []
+    with pytest.raises(CheckpointError, match="the vocabulary's size: stored 60, now 61"):
+        check_resume(path, settings(), plan(vocab_size=61))
+
+
+def test_a_config_that_isn_t_one(run):
+    path = choose(run, "auto")
+    (path / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(CheckpointError, match="config.json: not a config"):
+        check_resume(path, settings())
+
+
+def test_never_refuses_a_folder_with_a_run_in_it(run, tmp_path_factory):
+    with pytest.raises(CheckpointError, match='checkpoint.resume "never" needs an empty train.dir; .* has checkpoints'):
+        choose(run, "never")
+    empty = tmp_path_factory.mktemp("new")
+    assert choose(empty, "never") is None and choose(empty / "not there yet", "never") is None
+    (empty / "logs").mkdir()
+    assert choose(empty, "never") is None, "the launcher's logs are no run"
+    (empty / "metrics.jsonl").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has metrics.jsonl: use another"):
+        choose(empty, "never")
+
+
+def test_auto_starts_anew_only_where_there_is_nothing(run, tmp_path_factory):
+    assert choose(tmp_path_factory.mktemp("empty"), "auto") is None
+    (run / "checkpoints/step_00000004/plan.json").unlink()
+    with pytest.raises(CheckpointError, match="no whole checkpoint; skipped step_00000004: plan.json is missing"):
+        choose(run, "auto")
