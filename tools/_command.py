@@ -1,0 +1,37 @@
+"""What the programs of this folder share: errors of the user are one line on stderr and exit code 2."""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with an error in one line: `error: ...`."""
+
+    def error(self, message: str):
+        fail(f"{message} (--help lists the options)")
+        raise SystemExit(2)
+
+
+def fail(message: str) -> int:
+    """Print the error in one line; returns the exit code, 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+def run(parser: Parser, work: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
+    """Parse, work, and turn what the user or the machine did wrong into an exit code."""
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return work(arguments)
+    except OSError as error:
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
+    except ValueError as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
