@@ -1,0 +1,65 @@
+"""How long the sample index of a large data set takes: synthetic document lengths, no tokens.
+
+    python -m megalm.tools.bench_index --documents 10000000
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megalm.data.cache import cached
+from megalm.data.errors import DataError
+from megalm.data.samples import build_index, samples_in
+from megalm.tools._command import Parser, run
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """The program, after its arguments: prints one JSON object."""
+    if min(arguments.documents, arguments.mean_length, arguments.seq_length, arguments.epochs) < 1:
+        raise DataError("every number must be at least 1")
+    lengths = np.random.default_rng(0).geometric(1 / arguments.mean_length, arguments.documents)
+    total = int(lengths.sum())
+    before = time.perf_counter()
+    arrays = build_index(lengths, arguments.seq_length, arguments.epochs, seed=1)
+    built = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        cached(Path(folder), "bench", {"of": "build"}, lambda: arrays)
+        written = time.perf_counter()
+        mapped = cached(Path(folder), "bench", {"of": "build"}, dict)
+        read = time.perf_counter()
+    print(json.dumps({
+        "documents": arguments.documents, "tokens": total, "seq_length": arguments.seq_length, "epochs": arguments.epochs,
+        "samples": samples_in(arguments.epochs, total, arguments.seq_length),
+        "build_seconds": round(built - before, 2), "publish_seconds": round(written - built, 2),
+        "hit_seconds": round(read - written, 2), "megabytes": round(sum(array.nbytes for array in mapped.values()) / 1e6),
+        "peak_memory_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }))
+    return 0
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(prog="bench_index", description=__doc__.splitlines()[0])
+    result.add_argument("--documents", type=int, default=10_000_000)
+    result.add_argument("--mean-length", type=int, default=1000, help="tokens a document, geometrically distributed")
+    result.add_argument("--seq-length", type=int, default=2048)
+    result.add_argument("--epochs", type=int, default=1)
+    result.add_argument("--folder", help="where the index is published for the while; by default the folder for temporary files")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return run(parser(), bench, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
