@@ -77,6 +77,7 @@ def test_order_depends_on_seed_and_epoch():
     index = build_index(lengths, 10, 2, seed=1)
     assert (index["documents"] == build_index(lengths, 10, 2, seed=1)["documents"]).all()
     assert (index["documents"] != build_index(lengths, 10, 2, seed=2)["documents"]).mean() > 0.9
+    assert (index["offsets"] < lengths[index["documents"][index["places"]]]).all()  # each starts inside its document
     first, second = index["documents"][:1000], index["documents"][1000:]
     assert sorted(first) == sorted(second) == list(range(1000)) and (first != second).mean() > 0.9
 
