@@ -1,6 +1,7 @@
-"""Bytes on one rank of each stage: weights, gradients and optimizer state as DeepSpeed 0.19.8 lays them out, the rest estimated.
+"""Bytes on one rank: weights, gradients and optimizer state as DeepSpeed 0.19.8 lays them out; the rest is estimated.
 
-All ranks of a stage hold the same amount: tp divides every sharded dim, and ZeRO pads its partitions to equal size.
+All tp ranks hold the same amount, as tp divides every sharded dim; so do dp ranks, as ZeRO pads its partitions to equal size.
+ZeRO 2 without fp32 accumulation is the exception: a rank keeps the whole gradient of each parameter that its partition touches.
 
 The optimizer's groups (with and without weight decay) are flattened one by one. ZeRO 1 and 2 and BF16_Optimizer pad each flat
 group to a multiple of 2 dp elements (stage_1_and_2.py and bf16_optimizer.py, nccl_start_alignment_factor); ZeRO 3 pads each
@@ -8,52 +9,54 @@ parameter to a multiple of dp (partition_parameters.py, _padding_size). The opti
 """
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from megalm.config import Config
 
 from . import parameters
+from .activations import WIDTH, activations
 from .plan import Plan
 
-WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
-LOGITS_CHUNK = 1 << 24      # elements of logits the loss computes at a time (parallel/cross_entropy.py)
-ZERO3_PERSISTENT = 100_000  # elements, DeepSpeed's stage3_param_persistence_threshold: smaller parameters stay gathered
+REDUCE_BUCKET = 500_000_000  # elements, DeepSpeed's zero_optimization.reduce_bucket_size: each backward pass allocates it whole
+ZERO3_PERSISTENT = 100_000   # elements, DeepSpeed's stage3_param_persistence_threshold: smaller parameters stay gathered
 
 
 @dataclass(frozen=True)
-class StageMemory:
-    """Bytes on one rank of a stage."""
+class RankMemory:
+    """Bytes on one rank."""
     parameters: int     # elements this rank's layers hold before ZeRO splits them, a tied copy included
     weights: int        # as the model reads them, ZeRO's padding included
-    gradients: int      # what is accumulated over micro-batches
+    gradients: int      # what is kept from one micro-batch to the next
     optimizer: int      # master weights and moments
     activations: int    # kept for the backward passes of all micro-batches in flight, and the recomputed layer
-    working: int        # what comes and goes: half-precision gradients of one backward pass, weights ZeRO 3 has gathered, logits
+    working: int        # what comes and goes: the bucket gradients are reduced in, weights that ZeRO 3 has gathered
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
-def memory(config: Config, plan: Plan) -> tuple[StageMemory, ...]:
-    """One entry a stage."""
-    return tuple(stage_memory(config, plan, pp) for pp in range(plan.pp))
+def memory(config: Config, plan: Plan) -> tuple[RankMemory, ...]:
+    """One entry a stage: its fullest rank."""
+    dp_ranks = range(plan.dp if plan.zero_stage == 2 else 1)
+    stages = [[rank_memory(config, plan, pp, dp) for dp in dp_ranks] for pp in range(plan.pp)]
+    return tuple(max(ranks, key=lambda held: held.total) for ranks in stages)
 
 
-def stage_memory(config: Config, plan: Plan, pp: int) -> StageMemory:
-    """The bytes on each rank of stage `pp`."""
+def rank_memory(config: Config, plan: Plan, pp: int, dp: int = 0) -> RankMemory:
+    """The bytes on each tp rank of stage `pp` and data-parallel rank `dp`."""
     sizes = parameters.parameter_sizes(parameters.stage_parts(config, plan, pp), plan.tp)
-    counts = [size for size, _ in sizes.values()]
     width = WIDTH[config.precision.dtype]
-    weights, gradients, master = _state_elements(plan, sizes)
-    return StageMemory(
-        parameters=sum(counts),
+    weights, master = _state_elements(plan, sizes)
+    return RankMemory(
+        parameters=sum(size for size, _ in sizes.values()),
         weights=weights * width,
-        gradients=gradients * (2 if config.precision.dtype == "fp16" else 4),  # bf16 accumulates in fp32
+        gradients=_gradient_bytes(config, plan, sizes, dp),
         # Without ZeRO the weights are the master.
         optimizer=master * 4 * ((plan.zero_stage > 0) + moments(config)),
         activations=activations(config, plan, pp),
-        working=_working(config, plan, pp, counts))
+        working=_working(config, plan, pp))
 
 
 def moments(config: Config) -> int:
@@ -61,89 +64,60 @@ def moments(config: Config) -> int:
     return 2 if config.optimizer.name == "adamw" else int(config.optimizer.momentum > 0)
 
 
-def _state_elements(plan: Plan, sizes: dict[str, tuple[int, bool]]) -> tuple[int, int, int]:
-    """(weights, accumulated gradients, optimizer) in elements."""
-    count = sum(size for size, _ in sizes.values())
+def _groups(sizes: dict[str, tuple[int, bool]]) -> list[list[int]]:
+    """Sizes of the parameters of each optimizer group, in order."""
+    return [[size for size, decays in sizes.values() if decays == which] for which in (True, False)]
+
+
+def _padded(plan: Plan, group: list[int]) -> int:
+    """Elements of a group's flat buffer."""
+    alignment = 2 * plan.dp
+    return -(-sum(group) // alignment) * alignment
+
+
+def _state_elements(plan: Plan, sizes: dict[str, tuple[int, bool]]) -> tuple[int, int]:
+    """(weights, masters) in elements; moments come in the masters' number."""
     if plan.zero_stage == 0:
-        return count, count, count
+        count = sum(size for size, _ in sizes.values())
+        return count, count
     if plan.zero_stage == 3:
         partition = sum(-(-size // plan.dp) for size, _ in sizes.values())
-        return partition, partition, partition
-    alignment = 2 * plan.dp
-    groups = [sum(size for size, decays in sizes.values() if decays == which) for which in (True, False)]
-    flat = sum(-(-group // alignment) * alignment for group in groups)
-    if plan.wrapper == "BF16_Optimizer":
-        return flat, flat, flat // plan.dp  # the fp32 gradient buffer is whole on every rank
-    return flat, flat // plan.dp if plan.zero_stage == 2 else count, flat // plan.dp
+        return partition, partition
+    flat = sum(_padded(plan, group) for group in _groups(sizes))
+    return flat, flat // plan.dp
 
 
-def _working(config: Config, plan: Plan, pp: int, counts: list[int]) -> int:
-    width = WIDTH[config.precision.dtype]
-    total = 0
+def _gradient_bytes(config: Config, plan: Plan, sizes: dict[str, tuple[int, bool]], dp: int) -> int:
+    dtype, count = config.precision.dtype, sum(size for size, _ in sizes.values())
     if plan.wrapper == "BF16_Optimizer":
-        total += sum(counts) * width  # the gradients of one backward pass, before they are added to the fp32 buffer
+        # A whole flat fp32 buffer on every rank; the bf16 gradients are zeroed after they are added to it, not freed.
+        return 4 * sum(_padded(plan, group) for group in _groups(sizes)) + 2 * count
+    width = 2 if dtype == "fp16" else 4  # bf16 accumulates in fp32
     if plan.zero_stage == 3:
-        layers = [sum(part.local_size(plan.tp) for part in parameters.layer_parts(config, plan, layer))
+        return width * _state_elements(plan, sizes)[0]
+    if plan.zero_stage < 2:
+        return width * count
+    if dtype == "bf16":
+        return width * _state_elements(plan, sizes)[1]
+    return width * sum(_touched(group, _padded(plan, group) // plan.dp, dp) for group in _groups(sizes))
+
+
+def _touched(group: list[int], partition: int, dp: int) -> int:
+    """Elements of the parameters that overlap [dp partition, (dp + 1) partition) of the flat buffer, and of its padding."""
+    first, last = dp * partition, (dp + 1) * partition
+    ends = list(itertools.accumulate(group))
+    whole = sum(size for size, end in zip(group, ends, strict=True) if end > first and end - size < last)
+    return whole + last - min(last, max(first, sum(group)))
+
+
+def _working(config: Config, plan: Plan, pp: int) -> int:
+    width, total = WIDTH[config.precision.dtype], 0
+    if plan.wrapper.startswith("DeepSpeedZeroOptimizer"):
+        total += config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", REDUCE_BUCKET) * width
+    if plan.zero_stage == 3:
+        layers = [parameters.parameter_sizes(parameters.layer_parts(config, plan, layer), plan.tp)
                   for layer in plan.stage_layers(pp)]
-        # the layer at work and the next one, which is fetched meanwhile
-        total += (2 * max(layers) + sum(size for size in counts if size <= ZERO3_PERSISTENT)) * width
+        # The layer at work and the next one, which is fetched meanwhile; and what always stays gathered.
+        total += 2 * width * max(sum(size for size, _ in layer.values()) for layer in layers)
+        total += width * sum(size for layer in layers for size, _ in layer.values() if size <= ZERO3_PERSISTENT)
     return total
-
-
-def activations(config: Config, plan: Plan, pp: int) -> int:
-    """Bytes kept for backward passes on one rank of stage `pp`.
-
-    1F1B keeps min(accumulation steps, pp - stage) micro-batches; a layer keeps what Korthikanti et al. 2022, section 4, count,
-    for attention that doesn't store its scores.
-    """
-    layers = sum(name.startswith("layers.") for name in plan.stage_layers(pp))
-    in_flight = min(plan.accumulation_steps, plan.pp - pp)
-    total = in_flight * layers * layer_activations(config, plan, config.recompute.mode)
-    if config.recompute.mode == "full":
-        total += layer_activations(config, plan, "none")  # the layer that is being recomputed
-    if pp == plan.pp - 1:
-        total += head_activations(config, plan)
-    return total
-
-
-def layer_activations(config: Config, plan: Plan, recompute: str) -> int:
-    """Bytes one transformer layer keeps for one micro-batch."""
-    model, width, tp = config.model, WIDTH[config.precision.dtype], plan.tp
-    tokens = model.seq_length * plan.micro_batch
-    stream = tokens // tp if plan.sequence_parallel else tokens     # positions of the residual stream on this rank
-    boundary = stream * model.hidden_size * width                   # [s/tp or s, b, h]
-    if recompute == "full":
-        return boundary
-    groups = max(1, model.num_query_groups // tp)
-    query = tokens * model.num_attention_heads * model.head_dim // tp * width
-    key_value = 2 * tokens * groups * model.head_dim * width
-    total = 4 * boundary                                            # inputs and outputs of both norms
-    total += query + key_value                                      # queries, keys and values after positions and QK norms
-    total += query                                                  # context, the projection's input
-    total += (3 if model.activation == "swiglu" else 2) * tokens * model.ffn_hidden_size // tp * width
-    if model.dropout > 0:
-        total += 2 * stream * model.hidden_size                     # masks of a byte, after attention and MLP
-    if recompute == "none":
-        total += _attention_core(config, plan)
-    return total
-
-
-def _attention_core(config: Config, plan: Plan) -> int:
-    """Bytes between queries, keys, values and context: the log-sum-exp; the scores too where they are stored."""
-    model, heads = config.model, config.model.num_attention_heads // plan.tp
-    rows = plan.micro_batch * heads * model.seq_length
-    total = rows * 4
-    if plan.backends["attention"] == "reference" or model.attention_dropout > 0:
-        total += rows * model.seq_length * (2 * WIDTH[config.precision.dtype] + (1 if model.attention_dropout > 0 else 0))
-    return total
-
-
-def head_activations(config: Config, plan: Plan) -> int:
-    """Bytes of final norm and loss: the norm's input and output, a chunk of this rank's logits in fp32 with its gradient, and the
-    gradients of the hidden states and of the projection, which the loss makes in its forward pass."""
-    model, width = config.model, WIDTH[config.precision.dtype]
-    tokens = model.seq_length * plan.micro_batch
-    stream = tokens // plan.tp if plan.sequence_parallel else tokens
-    chunk = min(tokens, max(1, LOGITS_CHUNK // (plan.padded_vocab_size // plan.tp)))
-    vocabulary = plan.padded_vocab_size // plan.tp
-    return ((2 * stream + tokens + vocabulary) * model.hidden_size) * width + 2 * chunk * vocabulary * 4
