@@ -1,6 +1,7 @@
 """Which kernel backend each operation is meant to run with, from the measured table beside ops, read as data.
 
-Nothing of megalm.ops is imported: it needs torch. The run itself logs what it really uses.
+Nothing of megalm.ops is imported: it needs torch. The device is not known here, so the order is the one for a device that was not
+measured; the run itself logs what it really uses.
 """
 from __future__ import annotations
 
@@ -10,12 +11,19 @@ from typing import Any
 
 from megalm.config import Config
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as the table spells them
+
 
 def intended_backends(config: Config) -> dict[str, str]:
-    """Operation -> backend name; "auto" stays where the table names none."""
+    """Operation -> the backend named in the config, or the first that `auto` would take; "auto" where the table has none."""
     table = _table()
-    named = config.kernels.model_dump()
-    return {operation: _first(table, operation) if backend == "auto" else backend for operation, backend in named.items()}
+    chosen = {}
+    for operation, named in config.kernels.model_dump().items():
+        traits = {DTYPES[config.precision.dtype]}
+        if operation == "attention" and config.model.attention_dropout > 0:
+            traits.add("dropout")
+        chosen[operation] = _first(table, operation, traits) if named == "auto" else named
+    return chosen
 
 
 def _table() -> dict[str, Any]:
@@ -23,6 +31,11 @@ def _table() -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _first(table: dict[str, Any], operation: str) -> str:
-    order = table.get(operation, [])
-    return order[0] if isinstance(order, list) and order and isinstance(order[0], str) else "auto"
+def _first(table: dict[str, Any], operation: str, traits: set[str]) -> str:
+    """The first backend of the operation's order that neither lacks nor avoids one of the traits."""
+    capabilities = table.get("backends", {}).get(operation, {})
+    for name in table.get(operation, []):
+        reasons = capabilities.get(name, {})
+        if not traits & {*reasons.get("cannot", {}), *reasons.get("avoid", {})}:
+            return name
+    return "auto"

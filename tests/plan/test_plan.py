@@ -86,11 +86,26 @@ def test_plan_is_frozen_and_json():
 
 
 def test_intended_backends(monkeypatch):
-    monkeypatch.setattr(backends, "_table", lambda: {"attention": ["torch", "reference"], "norm": {}})
-    found = make_plan(config(kernels={"rotary": "reference"}), 1).backends
-    assert (found["attention"], found["norm"], found["rotary"]) == ("torch", "auto", "reference")
+    table = {"attention": ["megalm", "torch", "reference"],
+             "backends": {"attention": {"megalm": {"cannot": {"float32": "half only"}}, "torch": {"avoid": {"dropout": "not keyed"}}}}}
+    monkeypatch.setattr(backends, "_table", lambda: table)
+
+    def attention(**sections):
+        return make_plan(config(**sections), 1).backends["attention"]
+
+    assert attention() == "megalm"
+    assert attention(precision={"dtype": "fp32"}) == "torch"
+    assert attention(precision={"dtype": "fp32"}, model={"attention_dropout": 0.1}) == "reference"
+    assert attention(kernels={"attention": "liger"}) == "liger"
+    assert make_plan(config(kernels={"rotary": "reference"}), 1).backends["rotary"] == "reference"
+    assert make_plan(config(), 1).backends["norm"] == "auto"
     monkeypatch.setattr(backends, "_table", dict)
-    assert make_plan(config(), 1).backends["attention"] == "auto"
+    assert attention() == "auto"
+
+
+def test_every_operation_of_the_table_is_a_key():
+    operations = set(backends._table()) - {"about", "measured", "backends"}
+    assert operations <= set(config().kernels.model_dump())
 
 
 def test_no_torch_is_imported():
