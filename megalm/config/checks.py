@@ -45,7 +45,7 @@ def _heads(config: Config) -> Iterator[Problem]:
         yield Problem(("model.num_query_groups", "parallel.tp", "model.num_attention_heads"),
                       f"model.num_query_groups: {groups} groups on parallel.tp = {tp}: one must divide the other, "
                       "so that every tp rank holds whole groups or all of them")
-    if model.position_embedding == "rotary" and heads <= model.hidden_size and model.head_dim % 2:
+    if model.position_embedding == "rotary" and model.head_dim % 2:
         yield Problem(("model.hidden_size", "model.num_attention_heads", "model.position_embedding"),
                       f"model.position_embedding: rotary needs an even head size, "
                       f"not {model.hidden_size} / {heads} = {model.head_dim}")

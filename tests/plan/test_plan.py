@@ -86,8 +86,8 @@ def test_plan_is_frozen_and_json():
 
 
 def test_intended_backends(monkeypatch):
-    table = {"attention": ["megalm", "torch", "reference"],
-             "backends": {"attention": {"megalm": {"cannot": {"float32": "half only"}}, "torch": {"avoid": {"dropout": "not keyed"}}}}}
+    capabilities = {"megalm": {"cannot": {"float32": "half only"}}, "torch": {"avoid": {"dropout": "not keyed"}}}
+    table = {"attention": ["megalm", "torch", "reference"], "backends": {"attention": capabilities}}
     monkeypatch.setattr(backends, "_table", lambda: table)
 
     def attention(**sections):
