@@ -17,7 +17,7 @@ from megalm.data.loader import MicroBatch
 from megalm.engine import fragments as state
 from megalm.engine.ds_config import ds_config
 from megalm.engine.gradients import clip, global_norm, reduced_gradients
-from megalm.engine.grid import adopt_process_group
+from megalm.engine.grid import adopt_process_group, quiet
 from megalm.engine.loss import TokenLoss, counted, token_scale
 from megalm.model.description import LayerDescription
 from megalm.optim import build_optimizer, lr_at
@@ -137,11 +137,18 @@ class Engine:
 
 def build(config: Config, plan: Plan, groups: Groups, context: StepContext, layers: Sequence[LayerDescription]) -> Engine:
     """The engine for this plan: the pipeline's where pp > 1, else the sequential one."""
+    with quiet():
+        return _build(config, plan, groups, context, layers)
+
+
+def _build(config: Config, plan: Plan, groups: Groups, context: StepContext, layers: Sequence[LayerDescription]) -> Engine:
     adopt_process_group()
     loss = TokenLoss(plan.vocab_size, groups.tp)
     if plan.pp > 1:
         from megalm.engine.pipeline import Pipeline, StageModule
-        model, driver = StageModule(layers, groups, loss), Pipeline
+        with torch.no_grad():  # it broadcasts tied weights, and autograd must not see that
+            model = StageModule(layers, groups, loss)
+        driver = Pipeline
     else:
         from megalm.engine.sequential import Sequential, SequentialModel
         model, driver = SequentialModel(layers, loss).to(groups.device), Sequential

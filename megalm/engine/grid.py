@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import warnings
+from collections.abc import Iterator
 
 import torch.distributed as dist
 
@@ -41,6 +45,18 @@ class Grid:
         return self._groups.dp_group
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep DeepSpeed's start-up chatter off stdout; when it fails, show what it had to say."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except BaseException:
+        print(said.getvalue(), flush=True)
+        raise
+
+
 def adopt_process_group() -> None:
     """Let DeepSpeed take over the torch.distributed that parallel/groups started.
 
@@ -53,6 +69,8 @@ def adopt_process_group() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by the names that torch 2.13 renamed; it is told at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed_groups.mpu = None  # it outlives an engine; a second one in the process would inherit it
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from megalm.parallel.groups import TensorParallel
 
+# torch 2.13 renamed both; the older names only warn there, and are the only ones before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_reduce(tensor: Tensor, tp: TensorParallel) -> Tensor:
     """Sum over tp, in place."""
@@ -23,14 +27,14 @@ def all_reduce(tensor: Tensor, tp: TensorParallel) -> Tensor:
 def all_gather_first(tensor: Tensor, tp: TensorParallel) -> Tensor:
     """[s/tp, ...] -> [s, ...]: the shards of dim 0 in rank order."""
     out = torch.empty((tensor.shape[0] * tp.size, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
-    dist.all_gather_into_tensor(out, tensor.contiguous(), group=tp.group)
+    _all_gather(out, tensor.contiguous(), group=tp.group)
     return out
 
 
 def reduce_scatter_first(tensor: Tensor, tp: TensorParallel, async_op: bool = False):
     """[s, ...] {tp} -> [s/tp, ...]: sum over tp, each rank keeping its share of dim 0; with the work handle if async."""
     out = torch.empty((tensor.shape[0] // tp.size, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
-    work = dist.reduce_scatter_tensor(out, tensor.contiguous(), group=tp.group, async_op=async_op)
+    work = _reduce_scatter(out, tensor.contiguous(), group=tp.group, async_op=async_op)
     return (out, work) if async_op else out
 
 
