@@ -170,9 +170,7 @@ FIXED = {
 def _deepspeed(config: Config) -> Iterator[Problem]:
     for table, reason in ((DERIVED, "megalm derives it from {}; set that"), (FIXED, "{}")):
         for key, word in table.items():
-            value = config.deepspeed
-            for part in key.split("."):
-                value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
+            value = config.passed_on(key, _ABSENT)
             if value is not _ABSENT:
                 yield Problem((f"deepspeed.{key}",), f"deepspeed.{key}: {value!r} given, but {reason.format(word)}")
 

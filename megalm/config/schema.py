@@ -254,3 +254,12 @@ class Config(Section):
     logging: Logging = Logging()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Extra keys for DeepSpeed's own JSON; what megalm derives may not stand here."""
+
+    def passed_on(self, key: str, default: Any = None) -> Any:
+        """The value of a dotted key of the deepspeed section, such as "bf16.immediate_grad_update"."""
+        value: Any = self.deepspeed
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return default
+            value = value[part]
+        return value

@@ -90,8 +90,9 @@ def _state_elements(plan: Plan, sizes: dict[str, tuple[int, bool]]) -> tuple[int
 def _gradient_bytes(config: Config, plan: Plan, sizes: dict[str, tuple[int, bool]], dp: int) -> int:
     dtype, count = config.precision.dtype, sum(size for size, _ in sizes.values())
     if plan.wrapper == "BF16_Optimizer":
-        # A whole flat fp32 buffer on every rank; the bf16 gradients are zeroed after they are added to it, not freed.
-        return 4 * sum(_padded(plan, group) for group in _groups(sizes)) + 2 * count
+        # A whole flat fp32 buffer on every rank; unless asked to add each bf16 gradient to it at once, DeepSpeed keeps those too.
+        kept = 0 if config.passed_on("bf16.immediate_grad_update", False) else 2 * count
+        return 4 * sum(_padded(plan, group) for group in _groups(sizes)) + kept
     width = 2 if dtype == "fp16" else 4  # bf16 accumulates in fp32
     if plan.zero_stage == 3:
         return width * _state_elements(plan, sizes)[0]
@@ -113,7 +114,7 @@ def _touched(group: list[int], partition: int, dp: int) -> int:
 def _working(config: Config, plan: Plan, pp: int) -> int:
     width, total = WIDTH[config.precision.dtype], 0
     if plan.wrapper.startswith("DeepSpeedZeroOptimizer"):
-        total += config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", REDUCE_BUCKET) * width
+        total += config.passed_on("zero_optimization.reduce_bucket_size", REDUCE_BUCKET) * width
     if plan.zero_stage == 3:
         layers = [parameters.parameter_sizes(parameters.layer_parts(config, plan, layer), plan.tp)
                   for layer in plan.stage_layers(pp)]
