@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from megalm.config import ConfigError, load
-from megalm.launch import local, rank
+from megalm.launch import local, output, rank
+from megalm.launch.gpus import visible_gpus
 from megalm.launch.process import die_with_parent
 
 
@@ -58,15 +59,22 @@ def _one_rank(arguments: argparse.Namespace) -> int:
         die_with_parent(os.getppid())
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    if visible_gpus() == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         config = load(arguments.config, arguments.overrides)
     except ConfigError as error:
         if number == 0:
             print(error, file=sys.stderr)
         return rank.USER_ERROR
+    console = os.dup(2)
     code = rank.run(arguments.job, arguments.config, arguments.overrides, config.train.dir, number)
-    if ours is None or code == 0:
+    if code == 0:
         return code
+    if ours is None and number != 0:  # rank 0's output is on the console, and our own launcher reports by itself
+        log = output.log_path(config.train.dir, number)
+        end = "".join(f"  | {line}\n" for line in output.tail(log))
+        os.write(console, f"megalm: rank {number} failed: exit code {code}. The end of {log}:\n{end}".encode())
     os._exit(code)  # a rank that failed doesn't wait for threads or destructors that wait for other ranks
 
 

@@ -96,12 +96,14 @@ def supervise(ranks: Sequence[RankProcess], interrupts: Interrupts) -> int:
         return INTERRUPTED
     if first is None:
         return 0
-    if told and all(_was_interrupted(rank.status) for rank in ranks if rank.failed):
+    # A Ctrl-C may have ended every rank before the launcher heard of it.
+    failed = [rank for rank in ranks if rank.failed]
+    if (told or len(failed) == len(ranks)) and all(_was_interrupted(rank.status) for rank in failed):
         _say("interrupted before training had begun; nothing was saved")
         return INTERRUPTED
     code = os.WEXITSTATUS(first.status) if os.WIFEXITED(first.status) else 128 + os.WTERMSIG(first.status)
     if not (code == USER_ERROR and ranks[0].status == first.status):  # then rank 0 has said on the console what is wrong
-        _report(first, [rank for rank in ranks if rank.failed and rank is not first])
+        _report(first, [rank for rank in failed if rank is not first])
     return code
 
 

@@ -79,7 +79,7 @@ class Launcher:
         self.pids.append(process.pid)
         return process.pid
 
-    def wait(self, pid: int, seconds: float = 60.0) -> int:
+    def wait(self, pid: int, seconds: float = 120.0) -> int:
         """The exit code (negative: the signal). Fails the test when it takes longer."""
         wait_until(lambda: not exists(pid), seconds)
         self.pids.remove(pid)
