@@ -23,6 +23,7 @@ VERSION = 1
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
 TEMPORARY_PREFIX = ".tmp_"
 """Being written; whatever has this name after a crash is rubbish."""
 DELETED_PREFIX = ".deleted_"

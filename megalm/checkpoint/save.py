@@ -27,6 +27,7 @@ from megalm.checkpoint.format import (
     MANIFEST,
     REPLACED_PREFIX,
     TEMPORARY_PREFIX,
+    TOKENIZER,
     VERSION,
     CheckpointError,
     StoredFragment,
@@ -186,24 +187,26 @@ def _write_rank(temporary: Path, engine: Engine, attempt: _Attempt) -> None:
 def _describe_whole(temporary: Path, manifest: Mapping[str, Any], documents: Mapping[str, Any], tokenizer_files: Sequence[Path],
                     disk: Disk) -> None:
     """The files that belong to no rank, and checkpoint.json last, with the size of every file beside it."""
-    _check_ranks(temporary, manifest["world_size"])
+    ranks = range(manifest["world_size"])
+    _check_ranks(temporary, ranks)
+    # By name rather than by listing the folder: a network file system may list what it remembers.
+    files = {name: (temporary / name).stat().st_size for rank in ranks for name in (rank_file(rank), index_file(rank))}
     for name, document in documents.items():
-        disk.write(temporary / name, [(json.dumps(document, indent=2) + "\n").encode()])
+        files[name] = disk.write(temporary / name, [(json.dumps(document, indent=2) + "\n").encode()])
     if tokenizer_files:
-        disk.make_folder(temporary / "tokenizer")
-        for source in tokenizer_files:
-            disk.copy(Path(source), temporary / "tokenizer" / Path(source).name)
-        disk.sync_folder(temporary / "tokenizer")
-    paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-    files = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in paths}
+        folder = temporary / TOKENIZER
+        disk.make_folder(folder)
+        for source in map(Path, tokenizer_files):
+            files[f"{TOKENIZER}/{source.name}"] = disk.copy(source, folder / source.name)
+        disk.sync_folder(folder)
     disk.write(temporary / MANIFEST, [json_bytes({**manifest, "files": files})])
     disk.sync_folder(temporary)
 
 
-def _check_ranks(temporary: Path, world_size: int) -> None:
+def _check_ranks(temporary: Path, ranks: range) -> None:
     """Every rank's files are here, and together they hold every element of every part exactly once."""
     stored: dict[tuple[str, str], list[StoredFragment]] = {}
-    for rank in range(world_size):
+    for rank in ranks:
         if not (temporary / rank_file(rank)).is_file():
             raise CheckpointError(f"{rank_file(rank)} isn't there: {NOT_SHARED}")
         for entry in parse_index(temporary, index_file(rank)):
