@@ -1,0 +1,61 @@
+"""Parameters, gradient and optimizer bytes of every rank equal what its live engine holds; the parts are the model's own."""
+from __future__ import annotations
+
+import pytest
+
+from megalm.parallel import cross_entropy
+from megalm.plan import activations, make_plan
+from megalm.plan.memory import rank_memory
+from megalm.plan.parameters import stage_parts
+from tests import dist
+from tests.config.trees import config
+from tests.plan.live import measure
+
+# Sizes that dp divides nowhere, so that every kind of padding shows.
+GPT = {"num_layers": 3, "hidden_size": 40, "num_attention_heads": 8, "num_query_groups": 4, "ffn_hidden_size": 52,
+       "seq_length": 8, "vocab_size": 301, "vocab_multiple": 4}
+LLAMA = {**GPT, "normalization": "rms_norm", "activation": "swiglu", "position_embedding": "rotary", "num_attention_heads": 4,
+         "tie_embeddings": False, "bias": False, "qk_norm": True}
+FEW_GROUPS = {**GPT, "num_query_groups": 2}
+
+LAYOUTS = [
+    # model, dtype, parallel, ranks; "immediate": DeepSpeed adds each bf16 gradient to the fp32 buffer at once
+    (GPT, "fp32", {"zero_stage": 0}, 2),
+    (GPT, "fp32", {"zero_stage": 1}, 3),
+    (GPT, "fp32", {"zero_stage": 2}, 3),
+    (GPT, "fp32", {"zero_stage": 3}, 3),
+    (LLAMA, "bf16", {"zero_stage": 1}, 3),
+    (LLAMA, "bf16", {"zero_stage": 2}, 3),
+    (LLAMA, "bf16", {"zero_stage": 3}, 3),
+    (LLAMA, "fp32", {"tp": 2, "zero_stage": 2}, 4),
+    (FEW_GROUPS, "bf16", {"tp": 4, "sequence_parallel": True}, 4),
+    (FEW_GROUPS, "fp32", {"tp": 4, "zero_stage": 3}, 4),
+    (GPT, "fp32", {"pp": 2, "zero_stage": 0}, 2),
+    (GPT, "bf16", {"pp": 3}, 3),
+    (LLAMA, "fp32", {"pp": 2, "stages": [1, 2]}, 6),
+    (GPT, "bf16", {"tp": 2, "pp": 2, "sequence_parallel": True}, 4),
+    (LLAMA, "bf16", {"tp": 2, "pp": 2, "sequence_parallel": True}, 8),
+    (GPT, "bf16 immediate", {"pp": 2}, 4),
+]
+
+
+def test_logits_chunk_is_the_loss_functions():
+    assert activations.LOGITS_CHUNK == cross_entropy.CHUNK_ELEMENTS
+
+
+@pytest.mark.parametrize("model, dtype, parallel, ranks", LAYOUTS)
+def test_bytes_are_the_engines(model, dtype, parallel, ranks):
+    dtype, _, immediate = dtype.partition(" ")
+    dp = ranks // (parallel.get("tp", 1) * parallel.get("pp", 1))
+    # With four micro-batches every stage has accumulated a gradient before its last forward.
+    sections = {"model": model, "precision": {"dtype": dtype}, "parallel": parallel, "batch": {"micro": 1, "global": 4 * dp},
+                "deepspeed": {"bf16": {"immediate_grad_update": bool(immediate)}}}
+    planned = config(**sections)
+    plan = make_plan(planned, ranks)
+    for rank, live in enumerate(dist.run(measure, ranks, sections)):
+        place = plan.place(rank)
+        held = rank_memory(planned, plan, place.pp, place.dp)
+        assert {name: getattr(held, name) for name in ("parameters", "weights", "gradients", "optimizer")} == {
+            name: live[name] for name in ("parameters", "weights", "gradients", "optimizer")}, f"rank {rank}"
+        assert [(part.name, part.shape, part.dim, part.kind) for part in sorted(
+            stage_parts(planned, plan, place.pp), key=lambda part: part.name)] == live["parts"], f"rank {rank}"
