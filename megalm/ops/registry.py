@@ -1,0 +1,125 @@
+"""Which implementation of an operation runs: chosen once for each (operation, name, features), then a dictionary look-up.
+
+An operation's file registers its backends; what each can serve and in which order `auto` tries them is data, in
+backends.json. A backend named in the configuration that can't serve is an error; `auto` takes the fastest that can.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, NamedTuple
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+
+class Features(NamedTuple):
+    """What a call needs of a backend: its device type, dtype, and traits such as "dropout"."""
+
+    device: str
+    dtype: torch.dtype
+    traits: tuple[str, ...] = ()
+
+    def words(self) -> tuple[str, ...]:
+        return (self.device, str(self.dtype).removeprefix("torch."), *self.traits)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation. `cannot` and `avoid` map a trait to the reason why it is not served, or not taken by `auto`.
+
+    `run` is what the operation's file calls: a function, or a tuple of functions where the file has several.
+    """
+
+    name: str
+    run: Callable | tuple[Callable, ...]
+    cannot: Mapping[str, str] = field(default_factory=dict)
+    avoid: Mapping[str, str] = field(default_factory=dict)
+
+    def supports(self, features: Features) -> str | None:
+        """None, or the reason why this backend can't serve such a call."""
+        return _first_reason(self.cannot, features)
+
+
+def _first_reason(reasons: Mapping[str, str], features: Features) -> str | None:
+    return next((reasons[word] for word in features.words() if word in reasons), None)
+
+
+class Registry:
+    """The backends of all operations and the choices made so far.
+
+    Args:
+        table: the content of backends.json.
+    """
+
+    def __init__(self, table: Mapping[str, Any]):
+        self.table = table
+        self.backends: dict[str, dict[str, Backend]] = {}
+        self.chosen: dict[tuple[str, str, Features], tuple[Any, str]] = {}
+
+    def register(self, op: str, **runs: Callable | tuple[Callable, ...]) -> None:
+        """Add backends of an operation, each by name; their capabilities come from the table."""
+        declared = self.table["backends"].get(op, {})
+        for name, run in runs.items():
+            capability = declared.get(name, {})
+            backend = Backend(name, run, capability.get("cannot", {}), capability.get("avoid", {}))
+            self.backends.setdefault(op, {})[name] = backend
+
+    def choose(self, op: str, name: str, features: Features) -> tuple[Any, str]:
+        """(implementation, reason) for a call of `op`. Raises ValueError for an unknown name or one that can't serve."""
+        found = self.chosen.get((op, name, features))
+        if found is None:
+            backend, reason = self._choose(op, name, features)
+            _log.info("%s on %s: %s (%s)", op, " ".join(features.words()), backend.name, reason)
+            found = self.chosen[(op, name, features)] = (backend.run, reason)
+        return found
+
+    def order(self, op: str, device: str) -> list[str]:
+        """Names that `auto` tries on this device type, fastest first."""
+        measured = self.table.get("measured", {})
+        kind = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device
+        return next((measured[key][op] for key in (kind, device) if op in measured.get(key, {})), self.table[op])
+
+    def _choose(self, op: str, name: str, features: Features) -> tuple[Backend, str]:
+        backends = self.backends[op]
+        if name != "auto":
+            if name not in backends:
+                raise ValueError(f"kernels.{op} is {name!r}; it can be auto, {', '.join(backends)}")
+            reason = backends[name].supports(features)
+            if reason is not None:
+                raise ValueError(f"kernels.{op} is {name!r}, which can't serve {' '.join(features.words())}: {reason}")
+            return backends[name], "named in the configuration"
+        passed = []
+        for candidate in self.order(op, features.device):
+            if candidate not in backends:
+                continue
+            backend = backends[candidate]
+            reason = backend.supports(features) or _first_reason(backend.avoid, features)
+            if reason is None:
+                return backend, "; ".join([f"the fastest that serves on {features.device}", *passed])
+            passed.append(f"not {candidate}: {reason}")
+        raise ValueError(f"kernels.{op}: no backend serves {' '.join(features.words())} ({'; '.join(passed)})")
+
+
+REGISTRY = Registry(json.loads((resources.files(__package__) / "backends.json").read_text(encoding="utf-8")))
+register = REGISTRY.register
+
+
+def choose(op: str, name: str, features: Features) -> tuple[Any, str]:
+    """(implementation, reason) for a call of `op` under the configured name. Raises ValueError where it can't be served."""
+    if torch.compiler.is_compiling():
+        # Settled while tracing: the compiled code holds the chosen implementation, neither the choice nor its log line.
+        chosen, reason = _choice_while_tracing(op, name, features.device, features.dtype, features.traits)
+        return REGISTRY.backends[op][chosen].run, reason
+    return REGISTRY.choose(op, name, features)
+
+
+@torch.compiler.assume_constant_result
+def _choice_while_tracing(op: str, name: str, device: str, dtype: torch.dtype, traits: tuple[str, ...]) -> tuple[str, str]:
+    run, reason = REGISTRY.choose(op, name, Features(device, dtype, traits))
+    return next(backend.name for backend in REGISTRY.backends[op].values() if backend.run is run), reason

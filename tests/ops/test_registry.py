@@ -1,0 +1,91 @@
+"""How a backend is chosen: by name, by the measured table, around what it can't do; and that a choice costs little."""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib import resources
+
+import pytest
+import torch
+
+from megalm.ops import activation, attention, cross_entropy, norm, rotary
+from megalm.ops.registry import REGISTRY, Features, Registry, choose
+
+MODULES = {"attention": attention, "norm": norm, "rotary": rotary, "activation": activation, "cross_entropy": cross_entropy}
+CPU = Features("cpu", torch.float32)
+
+
+def registry(**measured) -> Registry:
+    table = {
+        "norm": ["torch", "reference"],
+        "measured": measured,
+        "backends": {"norm": {
+            "torch": {},
+            "reference": {},
+            "megalm": {"cannot": {"cpu": "it needs a GPU", "float64": "it has no float64"}},
+            "library": {"avoid": {"dropout": "its mask isn't keyed"}},
+        }},
+    }
+    made = Registry(table)
+    made.register("norm", **{name: name.upper for name in ("torch", "reference", "megalm", "library")})
+    return made
+
+
+def name(found) -> str:
+    return found[0]().lower()
+
+
+def test_auto_takes_the_order_of_the_measured_device_first():
+    assert name(registry().choose("norm", "auto", CPU)) == "torch"
+    assert name(registry(cpu={"norm": ["reference", "torch"]}).choose("norm", "auto", CPU)) == "reference"
+    assert name(registry(cuda={"norm": ["reference", "torch"]}).choose("norm", "auto", CPU)) == "torch"
+
+
+def test_auto_passes_over_what_cannot_serve_or_is_avoided_and_says_why():
+    measured = {"cpu": {"norm": ["absent", "megalm", "library", "torch"]}, "cuda": {"norm": ["megalm", "torch"]}}
+    made = registry(**measured)
+    found = made.choose("norm", "auto", CPU._replace(traits=("dropout",)))
+    assert name(found) == "torch"
+    assert found[1] == "the fastest that serves on cpu; not megalm: it needs a GPU; not library: its mask isn't keyed"
+    assert name(made.choose("norm", "auto", CPU)) == "library"
+    assert name(made.choose("norm", "auto", Features("cuda", torch.bfloat16))) == "megalm"
+    assert name(made.choose("norm", "auto", Features("cuda", torch.float64))) == "torch"
+
+
+def test_a_named_backend_serves_or_is_an_error():
+    made = registry()
+    assert name(made.choose("norm", "library", CPU._replace(traits=("dropout",)))) == "library"
+    with pytest.raises(ValueError, match="kernels.norm is 'megalm', which can't serve cpu float32: it needs a GPU"):
+        made.choose("norm", "megalm", CPU)
+    with pytest.raises(ValueError, match="kernels.norm is 'tourch'; it can be auto, torch, reference, megalm, library"):
+        made.choose("norm", "tourch", CPU)
+
+
+def test_no_backend_at_all_is_an_error_with_the_reasons():
+    with pytest.raises(ValueError, match=r"no backend serves cpu float32 \(not megalm: it needs a GPU\)"):
+        registry(cpu={"norm": ["megalm"]}).choose("norm", "auto", CPU)
+
+
+def test_a_choice_is_made_and_logged_once(caplog):
+    made = registry()
+    with caplog.at_level(logging.INFO, logger="megalm.ops.registry"):
+        first, second = made.choose("norm", "auto", CPU), made.choose("norm", "auto", CPU)
+    assert first is second
+    assert [record.getMessage() for record in caplog.records] == ["norm on cpu float32: torch (the fastest that serves on cpu)"]
+
+
+@pytest.mark.parametrize("op", MODULES)
+def test_the_shipped_table_names_what_the_files_register(op):
+    table = json.loads((resources.files("megalm.ops") / "backends.json").read_text(encoding="utf-8"))
+    registered = set(REGISTRY.backends[op])
+    assert registered == set(table["backends"][op]) == set(table[op])
+    for device, orders in table["measured"].items():
+        assert set(orders) <= set(MODULES) and set(orders[op]) <= registered, device
+    assert choose(op, "reference", CPU)[1] == "named in the configuration"
+
+
+def test_attention_dropout_takes_the_reference_with_the_reason():
+    run, reason = choose("attention", "auto", CPU._replace(traits=("dropout",)))
+    assert run is REGISTRY.backends["attention"]["reference"].run
+    assert "not torch: a library's own dropout mask depends on the layout" in reason
