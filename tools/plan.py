@@ -107,7 +107,8 @@ def describe(config: Config, plan: Plan, nodes: int, gpus_per_node: int) -> dict
 def table(name: str, config: Config, plan: Plan, facts: dict[str, Any]) -> Iterator[str]:
     """The facts for people, line by line."""
     model, executed = facts["flops_per_token"], facts["flops_per_token_executed"]
-    yield f"{name}: {facts['nodes']} node(s) x {facts['gpus_per_node']} = {plan.world_size} ranks"
+    nodes = f"{facts['nodes']} nodes x " if facts["nodes"] > 1 else ""
+    yield f"{name}: {nodes}{facts['gpus_per_node']} GPUs = {plan.world_size} ranks"
     yield ""
     yield f"degrees     tp {plan.tp} x pp {plan.pp} x dp {plan.dp}" + (", sequence parallel" if plan.sequence_parallel else "")
     yield f"model       {facts['parameters']:,} parameters, vocabulary {plan.vocab_size:,} padded to {plan.padded_vocab_size:,}"
@@ -128,13 +129,15 @@ def table(name: str, config: Config, plan: Plan, facts: dict[str, Any]) -> Itera
 
 def stage_rows(stages: list[dict[str, Any]]) -> Iterator[str]:
     """One row a run of stages with equal layers, with the bytes of its first: it keeps the most micro-batches in flight."""
-    yield "on each rank of a stage (of several, the first), GiB:"
+    fullest = max(stage["bytes_per_rank"]["total"] for stage in stages)
+    unit, size = ("GiB", 2**30) if fullest >= 2**30 else ("MiB", 2**20)
+    yield f"{unit} on each rank of a stage (of several, the first):"
     columns = list(stages[0]["bytes_per_rank"])
     yield f"{'stage':>7} {'layers':>7} {'parameters':>16} " + " ".join(f"{column:>11}" for column in columns)
     for _, same in itertools.groupby(stages, key=lambda stage: (stage["transformer_layers"], stage["parameters_per_rank"])):
         stage, *others = same
         span = f"{stage['stage']}-{others[-1]['stage']}" if others else f"{stage['stage']}"
-        sizes = " ".join(f"{stage['bytes_per_rank'][column] / 2**30:>11.3f}" for column in columns)
+        sizes = " ".join(f"{stage['bytes_per_rank'][column] / size:>11.2f}" for column in columns)
         yield f"{span:>7} {stage['transformer_layers']:>7} {stage['parameters_per_rank']:>16,} {sizes}"
 
 

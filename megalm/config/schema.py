@@ -26,16 +26,23 @@ class Section(BaseModel):
 class LinearScaling(Section):
     """Positions divided by a factor (position interpolation, Chen et al. 2023)."""
     type: Literal["linear"]
+    """Positions divided by factor."""
     factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+    """How many times longer the sequences are."""
 
 
 class Llama3Scaling(Section):
     """The frequency-dependent scaling of Llama 3.1."""
     type: Literal["llama3"]
+    """Low frequencies divided by factor, high ones kept, those between blended."""
     factor: Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+    """How many times longer the sequences are."""
     low_freq_factor: PositiveFloat
+    """Wavelengths above original_seq_length / this are divided."""
     high_freq_factor: PositiveFloat
+    """Wavelengths below original_seq_length / this are kept."""
     original_seq_length: Positive
+    """The length the model was first trained with."""
 
 
 class Model(Section):
@@ -57,7 +64,9 @@ class Model(Section):
     seq_length: Positive
     """Tokens a sample."""
     normalization: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """The norm before attention, MLP and head."""
     position_embedding: Literal["learned", "rotary"] = "learned"
+    """Learned absolute positions, or rotations of queries and keys."""
     tie_embeddings: bool = True
     """The output projection shares the word embedding's weight."""
     vocab_size: Positive | None = None
@@ -65,6 +74,7 @@ class Model(Section):
     vocab_multiple: Positive = 128
     """The vocabulary is padded to a multiple of this; tp must divide it, so that the padding doesn't depend on tp."""
     norm_eps: PositiveFloat = 1e-5
+    """Added to the variance."""
     bias: bool = True
     """Biases of the linear layers."""
     qk_norm: bool = False
@@ -74,7 +84,9 @@ class Model(Section):
     attention_dropout: Probability = 0.0
     """Probability of dropping an attention weight."""
     rotary_theta: PositiveFloat = 10000.0
+    """Base of the rotary wavelengths."""
     rotary_scaling: Annotated[LinearScaling | Llama3Scaling, Field(discriminator="type")] | None = None
+    """Stretches rotary positions to longer sequences; default: not at all."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
 
@@ -124,21 +136,27 @@ class Batch(Section):
 
 
 class Precision(Section):
+    """Numbers of the forward and backward pass."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of weights and activations; bf16 and fp16 keep fp32 master weights, bf16 accumulates gradients in fp32."""
 
 
 class Recompute(Section):
+    """What the backward pass computes again rather than keeps."""
     mode: Literal["none", "selective", "full"] = "none"
     """selective recomputes the attention core in the backward pass, full each whole layer."""
 
 
 class Optimizer(Section):
+    """How weights follow gradients."""
     name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019), or SGD with momentum."""
     lr: PositiveFloat
     """Peak learning rate."""
     betas: Annotated[tuple[Probability, Probability], Strict(False)] = (0.9, 0.95)
+    """Decay of AdamW's two moments."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of AdamW's second moment."""
     weight_decay: NaturalFloat = 0.1
     """On parameters of two or more dims."""
     clip_grad_norm: NaturalFloat = 1.0
@@ -152,14 +170,19 @@ class Optimizer(Section):
 class Schedule(Section):
     """The learning rate as a function of the step."""
     warmup_steps: Natural = 0
+    """Steps from 0 to the peak, linearly."""
     decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """From the peak to min_lr; wsd stays at the peak until a final linear decay."""
     min_lr: NaturalFloat = 0.0
+    """The rate after the decay."""
     decay_steps: Positive | None = None
     """Default: all steps after the warm-up; for wsd the length of the final decay, 10% of train.steps."""
 
 
 class Tokenizer(Section):
+    """The tokenizer that the data was made with."""
     type: Literal["sentencepiece", "huggingface", "bytes"]
+    """A sentencepiece model, a Hugging Face tokenizer.json, or the bytes of UTF-8."""
     path: Text | None = None
     """The sentencepiece model or tokenizer.json; bytes has none."""
     eod: Text | None = None
@@ -175,8 +198,11 @@ class Source(Section):
 
 
 class Data(Section):
+    """What is learned from, and what is evaluated on."""
     train: Annotated[tuple[Source, ...], Strict(False), Field(min_length=1)]
+    """The data sets to learn from, blended by weight."""
     valid: Annotated[tuple[Source, ...], Strict(False)] = ()
+    """The data sets to evaluate on."""
     seed: Natural | None = None
     """Of the order of samples; default: train.seed."""
     mask_eod: bool = False
@@ -188,16 +214,23 @@ class Data(Section):
 class Kernels(Section):
     """The backend of each operation: auto takes the fastest one that serves; a named one that can't serve is an error."""
     attention: Backend = "auto"
+    """Scores, softmax and context."""
     norm: Backend = "auto"
+    """LayerNorm and RMSNorm."""
     rotary: Backend = "auto"
+    """Rotation of queries and keys."""
     activation: Backend = "auto"
+    """GELU and SwiGLU."""
     cross_entropy: Backend = "auto"
+    """The loss from logits."""
 
 
 class Train(Section):
+    """The run."""
     dir: Text
     """The run's folder."""
     steps: Positive
+    """Optimizer steps of the whole run."""
     seed: Natural = 1234
     """Of initial weights and dropout."""
     eval_every: Natural = 0
@@ -213,11 +246,13 @@ class Train(Section):
 
 
 class Checkpoint(Section):
+    """Saving and going on."""
     every: Natural = 0
     """Steps between checkpoints; 0: none on the way."""
     keep: Positive = 3
     """Newest checkpoints that stay."""
     resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest whole checkpoint of train.dir; never refuses a folder that has one."""
     allow_changes: bool = False
     """Resume although model, data, seed or optimizer differ."""
     init_from: Text | None = None
@@ -225,16 +260,23 @@ class Checkpoint(Section):
 
 
 class Wandb(Section):
+    """Weights & Biases."""
     project: Text
+    """The project the run appears in."""
     mode: Literal["online", "offline", "disabled"] = "online"
+    """offline needs no account."""
     name: Text | None = None
+    """The run's name; default: one that wandb makes up."""
 
 
 class Logging(Section):
+    """Where the numbers go, besides train.dir/metrics.jsonl."""
     every: Natural = 10
     """Steps between logged steps; 0: never."""
     wandb: Wandb | None = None
+    """Weights & Biases; default: off."""
     tensorboard: bool = False
+    """Event files in train.dir/tensorboard."""
 
 
 class Config(Section):

@@ -18,9 +18,12 @@ LARGE = str(CONFIGS / "llama3_70b.json")
 def test_table(capsys):
     assert main([LARGE, "--nodes", "8", "--gpus-per-node", "8"]) == 0
     text = capsys.readouterr().out
-    for line in ("8 node(s) x 8 = 64 ranks", "tp 8 x pp 4 x dp 2, sequence parallel", "70,553,706,496 parameters",
-                 "1024 = micro 1 x dp 2 x accumulation 512", "ranks 56-63  stage 3, dp 1, tp 0-7  (node 7)", "BF16_Optimizer"):
+    for line in ("8 nodes x 8 GPUs = 64 ranks", "tp 8 x pp 4 x dp 2, sequence parallel", "70,553,706,496 parameters",
+                 "1024 = micro 1 x dp 2 x accumulation 512", "ranks 56-63  stage 3, dp 1, tp 0-7  (node 7)", "BF16_Optimizer",
+                 "GiB on each rank"):
         assert line in text
+    assert main([SMALL]) == 0
+    assert "MiB on each rank" in capsys.readouterr().out
 
 
 def test_many_ranks_are_cut_short(capsys):
