@@ -38,6 +38,8 @@ def main() -> None:
     from megalm.engine.warm import warm
 
     importlib.import_module("pytest")
+    with contextlib.suppress(Exception):  # what can't be imported shows its error in the job that needs it
+        importlib.import_module("megalm.train")
     warm()
     connection = Connection(fd)
     connection.send(("ready", None))

@@ -7,40 +7,40 @@ entered, no group made, so a process that has called `warm` can still be forked.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 
-MODULES = (
-    "torch",
-    "torch.distributed",
-    "torch.nn.functional",
-    "torch.utils.checkpoint",
+NEEDED = ("torch", "torch.distributed", "deepspeed", "deepspeed.pipe")
+
+# What torch and DeepSpeed import only when they are used. Where a version lacks one, that costs time, not correctness.
+LAZY = (
+    "setuptools",
+    "distutils.ccompiler",
     "torch.profiler._cupti_monitor",
-    "deepspeed",
-    "deepspeed.pipe",
-    "deepspeed.runtime.pipe.engine",
-    "deepspeed.runtime.pipe.schedule",
-    "deepspeed.runtime.bf16_optimizer",
-    "deepspeed.runtime.zero.stage_1_and_2",
-    "deepspeed.runtime.zero.stage3",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "torch._subclasses.schema_check_mode",
+    "deepspeed.comm.mori",
     "deepspeed.module_inject.auto_ep_layer",
-    "safetensors.torch",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.bf16_optimizer",
+    "deepspeed.runtime.pipe.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
 )
 
 
 def warm() -> None:
-    """Import what a rank will need, then freeze the garbage collector's view of it.
+    """Import what a rank will need, then hide it from the garbage collector.
 
     `gc.freeze` keeps the collections that DeepSpeed runs in each rank from walking, and so copying, every page of the
-    parent. A module that this version of a library lacks is skipped: its absence costs time, not correctness.
+    parent. Raises ImportError where torch or deepspeed is missing.
     """
-    for name in MODULES:
-        try:
+    for name in NEEDED:
+        importlib.import_module(name)
+    for name in LAZY:
+        with contextlib.suppress(ImportError):
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or "." not in error.name or not name.startswith(error.name):
-                raise
     gc.collect()
     gc.freeze()
