@@ -75,7 +75,7 @@ def test_a_trivial_job_is_quick():
         start = time.monotonic()
         dist.run(add_ranks, 2, 0)
         seconds.append(time.monotonic() - start)
-    assert min(seconds) < 0.5, seconds
+    assert min(seconds) < 3, seconds  # 0.1 on an idle machine; importing anew takes 5 there
 
 
 def test_threads():
