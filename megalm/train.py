@@ -61,6 +61,7 @@ def train(config: Config, stop: StopSignal) -> int:
     resumed = groups.agreed(lambda: checkpoint.choose(folder, config.checkpoint.resume))
     if resumed is not None:
         groups.agreed(lambda: checkpoint.check_resume(resumed, config, plan))
+    loader, valid = _loaders(config, groups, tokenizer.eod)
     context = StepContext(config.train.seed)
     engine = build(config, plan, groups, context, layers(config, plan, groups.tp, context, groups.device))
     first = 0
@@ -68,7 +69,6 @@ def train(config: Config, stop: StopSignal) -> int:
         first = checkpoint.load(resumed, engine, groups, allow_changes=config.checkpoint.allow_changes).step
     elif config.checkpoint.init_from is not None:
         checkpoint.load(checkpoint.find(config.checkpoint.init_from), engine, groups, weights_only=True)
-    loader, valid = _loaders(config, groups, tokenizer.eod)
     logger = Logger(config, plan, rank=groups.rank, first_step=first)
     return _loop(Run(config, groups, engine, loader, valid, logger, stop, tokenizer.files()), first)
 

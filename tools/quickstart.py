@@ -39,7 +39,8 @@ def step(title: str, command: Sequence[str], product: Path | None = None) -> Non
 def prepare() -> None:
     """Corpus, tokenizer and token files in FOLDER."""
     train, valid, model = FOLDER / "train.jsonl", FOLDER / "valid.jsonl", FOLDER / "spm.model"
-    step("collect the Python standard library's source", ["megalm.tools.collect_corpus", "--output", str(train), "--valid", str(valid)], train)
+    step("collect the Python standard library's source",
+         ["megalm.tools.collect_corpus", "--output", str(train), "--valid", str(valid)], train)
     step("train a tokenizer", ["megalm.cli", "train-tokenizer", "--input", str(train), "--output", str(model),
                                "--vocab-size", str(VOCABULARY), "--max-bytes", "4000000"], model)
     for part in (train, valid):

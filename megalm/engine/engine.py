@@ -143,7 +143,7 @@ def build(config: Config, plan: Plan, groups: Groups, context: StepContext, laye
 
 def _build(config: Config, plan: Plan, groups: Groups, context: StepContext, layers: Sequence[LayerDescription]) -> Engine:
     adopt_process_group()
-    loss = TokenLoss(plan.vocab_size, groups.tp)
+    loss = TokenLoss(plan.vocab_size, groups.tp, config.kernels.cross_entropy)
     if plan.pp > 1:
         from megalm.engine.pipeline import Pipeline, StageModule
         with torch.no_grad():  # it broadcasts tied weights, and autograd must not see that

@@ -15,12 +15,12 @@ class TokenLoss:
     data-parallel ranks is the mean over the step's tokens, however unevenly they are spread.
     """
 
-    def __init__(self, vocab: int, tp: TensorParallel):
-        self.vocab, self.tp = vocab, tp
+    def __init__(self, vocab: int, tp: TensorParallel, backend: str = "auto"):
+        self.vocab, self.tp, self.backend = vocab, tp, backend
 
     def __call__(self, outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
         (hidden, weight), (labels, scale) = outputs, targets
-        return linear_cross_entropy(hidden, weight, labels, self.vocab, self.tp) * scale
+        return linear_cross_entropy(hidden, weight, labels, self.vocab, self.tp, self.backend) * scale
 
 
 def counted(labels: Tensor) -> int:

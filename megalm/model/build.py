@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megalm.config import Config
+from megalm.config import Config, ConfigError
+from megalm.ops import activation, attention, cross_entropy, norm, rotary  # noqa: F401 - each registers its backends
+from megalm.ops.registry import Features, choose
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
 
@@ -31,3 +33,20 @@ class Build:
     def residual_std(self) -> float:
         """That of the two projections that write to the residual stream (Radford et al., GPT-2, 2019, section 2.3)."""
         return self.std / math.sqrt(2 * self.config.model.num_layers)
+
+
+def choose_kernels(config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """{operation: why its backend was chosen}, settled before any layer is built.
+
+    Raises ConfigError, with every one, for named backends that can't serve this model here.
+    """
+    reasons, problems = {}, []
+    for op, name in config.kernels.model_dump().items():
+        traits = ("dropout",) if op == "attention" and config.model.attention_dropout > 0 else ()
+        try:
+            reasons[op] = choose(op, name, Features(device.type, dtype, traits))[1]
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+    return reasons

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalm.config import Config
 from megalm.model.attention import SelfAttention
-from megalm.model.build import Build
+from megalm.model.build import Build, choose_kernels
 from megalm.model.description import LayerDescription
 from megalm.model.mlp import MLP
 from megalm.model.norm import Norm
@@ -102,6 +102,7 @@ def layers(config: Config, plan: Plan, tp: TensorParallel, context: StepContext,
            device: torch.device | None = None) -> list[LayerDescription]:
     """The descriptions of `plan.layers`, in order; parameters are made on `device` in the config's precision."""
     build = Build(config, tp, context, DTYPES[config.precision.dtype], device or torch.device("cpu"))
+    choose_kernels(config, build.dtype, build.device)
     vocab, hidden = plan.padded_vocab_size, config.model.hidden_size
 
     def filled(make):

@@ -19,7 +19,8 @@ from megalm.parallel.groups import TensorParallel
 CHUNK_ELEMENTS = 1 << 24  # logits a chunk: 64 MB in fp32
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int, tp: TensorParallel) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int, tp: TensorParallel,
+                         backend: str = "auto") -> Tensor:
     """Sum over the tokens of -log softmax(hidden weight^T)[label], as fp32 scalar.
 
     Args:
@@ -29,14 +30,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab: 
         vocab: columns from here on are padding and take no probability.
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-        return _run(hidden, weight, labels, vocab, tp, with_gradient=False)[0]
-    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab, tp)
+        return _run(hidden, weight, labels, vocab, tp, backend, with_gradient=False)[0]
+    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab, tp, backend)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, vocab, tp):
-        loss, grad_hidden, grad_weight = _run(hidden, weight, labels, vocab, tp, with_gradient=True)
+    def forward(ctx, hidden, weight, labels, vocab, tp, backend):
+        loss, grad_hidden, grad_weight = _run(hidden, weight, labels, vocab, tp, backend, with_gradient=True)
         ctx.tp = tp
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
@@ -50,10 +51,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif tp.size > 1:
             grad_hidden = all_reduce(grad_hidden, tp)
         # A loss sum's gradients are made in the forward pass; only the outer factor was unknown there.
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None
 
 
-def _run(hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int, tp: TensorParallel, with_gradient: bool):
+def _run(hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int, tp: TensorParallel, backend: str,
+         with_gradient: bool):
     """(loss sum, gradient of hidden [s, b, h] {tp}, gradient of weight), the gradients None without `with_gradient`."""
     if tp.shards_sequence:
         hidden = all_gather_first(hidden, tp)
@@ -68,12 +70,13 @@ def _run(hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int, tp: TensorP
     for first in chunks:
         x, target = rows[first:first + step], targets[first:first + step]
         logits = x.matmul(weight.t())  # [n, h] -> [n, V/tp]
-        logsumexp, target_logit = _reduced_statistics(logits, target, start, vocab, tp)
+        logsumexp, target_logit = _reduced_statistics(logits, target, start, vocab, tp, backend)
         counted = target >= 0
         loss += torch.where(counted, logsumexp - target_logit, 0.0).sum(dtype=torch.float64)
         if not with_gradient:
             continue
-        grad_logits = chunk_gradient(logits, target, start, vocab, logsumexp, counted.to(logsumexp.dtype))
+        grad_logits = chunk_gradient(logits, target, start, vocab, logsumexp, counted.to(logsumexp.dtype),
+                                     backend=backend)
         torch.matmul(grad_logits, weight, out=grad_rows[first:first + step])
         grad_weight = _accumulate(grad_weight, grad_logits, x, len(chunks))
     if with_gradient:
@@ -92,9 +95,10 @@ def _accumulate(total: Tensor | None, grad_logits: Tensor, x: Tensor, chunks: in
     return term if total is None else total.add_(term)
 
 
-def _reduced_statistics(logits: Tensor, target: Tensor, start: int, vocab: int, tp: TensorParallel) -> tuple[Tensor, Tensor]:
+def _reduced_statistics(logits: Tensor, target: Tensor, start: int, vocab: int, tp: TensorParallel,
+                        backend: str) -> tuple[Tensor, Tensor]:
     """(log-sum-exp, target logit), fp32 [n], over the whole vocabulary from each rank's share of it."""
-    maximum, exponentials, target_logit = chunk_statistics(logits, target, start, vocab)
+    maximum, exponentials, target_logit = chunk_statistics(logits, target, start, vocab, backend=backend)
     if tp.size > 1:
         own = maximum.clone()
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp.group)

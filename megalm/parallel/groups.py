@@ -124,7 +124,7 @@ class Groups:
         """Run `work` on exactly one rank of each set of ranks that see the same `folder`; the others wait for it.
 
         Ranks find out who shares a filesystem by leaving a marker each: node-local disks and shared ones both work.
-        Raises RuntimeError on every rank, naming the ranks, when the work failed anywhere.
+        Raises LaunchError on every rank, naming the ranks, when the work met a ValueError or an OSError anywhere.
         """
         token = self.broadcast(secrets.token_hex(8))
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,12 +136,12 @@ class Groups:
         if first == marker:
             try:
                 work()
-            except Exception as error:  # every kind is reported to all ranks, which then stop together
-                problem = f"{error}"
+            except (ValueError, OSError) as error:
+                problem = str(error)
         problems = self.agree(problem)
         marker.unlink(missing_ok=True)
         if problems:
-            raise RuntimeError("; ".join(f"rank {rank}: {text}" for rank, text in problems))
+            raise LaunchError("; ".join(f"rank {rank}: {text}" for rank, text in problems))
 
 
 def launched_world() -> int:

@@ -30,7 +30,7 @@ def run_grid(rank: int, world: int, folder) -> dict:
     own = torch.distributed.get_process_group_ranks(groups.tp.group)
     work = []
     groups.once_per_filesystem(lambda: work.append(rank), folder)
-    with pytest.raises(RuntimeError, match="rank 0: no space"):
+    with pytest.raises(LaunchError, match="rank 0: no space"):
         groups.once_per_filesystem(lambda: (_ for _ in ()).throw(OSError("no space")), folder)
     return {"tp": own, "dp_sum": groups.sum_over_dp(value).item(), "any": groups.any(rank == 5), "none": groups.any(False),
             "problems": groups.agree(f"disk of {rank}" if rank in (1, 6) else None), "did": work,

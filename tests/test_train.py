@@ -1,0 +1,131 @@
+"""The whole path: configuration, ranks, data, engine, checkpoints and metrics together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from megalm.checkpoint import find
+from tests import dist, training
+
+LAYOUTS = {
+    "tp2-pp2-bf16": (4, {"parallel": {"tp": 2, "pp": 2, "sequence_parallel": True}, "precision": {"dtype": "bf16"}}),
+    "tp2-dp2-zero3": (4, {"parallel": {"tp": 2, "dp": 2, "sequence_parallel": True, "zero_stage": 3}}),
+    "one-zero0": (1, {"parallel": {"zero_stage": 0}}),
+    "pp2-dp2": (4, {"parallel": {"pp": 2, "dp": 2}}),
+    "dp2-zero2-bf16": (2, {"parallel": {"dp": 2, "zero_stage": 2}, "precision": {"dtype": "bf16"}}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resume_is_bitwise_equal(layout, tmp_path):
+    """Six steps at once, or three, a stop, and three more, with dropout, clipping and a skipped step on the way."""
+    world, sections = LAYOUTS[layout]
+    whole = training.write_config(tmp_path, **sections)
+    assert training.start(world, whole, poisoned=(1,)) == [(0, "")] * world
+    halves = tmp_path / "halves"
+    folder = f"train.dir={json.dumps(str(halves))}"
+    assert training.start(world, whole, folder, "train.stop_at=3", poisoned=(1,)) == [(0, "")] * world
+    assert [record["step"] for record in training.records(halves)] == [1, 2, 3]
+    assert training.start(world, whole, folder, poisoned=(1,)) == [(0, "")] * world
+    expected, found = training.records(tmp_path / "run"), training.records(halves)
+    assert expected == found
+    assert [record.get("skipped", False) for record in expected] == [False, True, False, False, False, False]
+    one, two = training.tensors(find(tmp_path / "run")), training.tensors(find(halves))
+    assert one.keys() == two.keys() and len(one) > 0
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_resume_under_another_layout(tmp_path):
+    """Weights and optimizer state move; fp32 losses agree with the run that never moved to rounding."""
+    path = training.write_config(tmp_path)
+    training.start(1, path)
+    moved = f"train.dir={json.dumps(str(tmp_path / 'moved'))}"
+    training.start(4, path, moved, "train.stop_at=2", "parallel.tp=2", "parallel.dp=2", "parallel.sequence_parallel=true")
+    training.start(4, path, moved, "train.stop_at=4", "parallel.tp=2", "parallel.pp=2")
+    training.start(2, path, moved, "parallel.dp=2", "parallel.zero_stage=3")
+    expected, found = training.records(tmp_path / "run"), training.records(tmp_path / "moved")
+    assert [record["step"] for record in found] == [1, 2, 3, 4, 5, 6]
+    for one, two in zip(expected, found, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+
+def test_finished_run_says_so_and_changes_nothing(tmp_path):
+    path = training.write_config(tmp_path)
+    training.start(1, path)
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    newest = find(tmp_path / "run")
+    assert training.start(1, path) == [(0, "")]
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before and find(tmp_path / "run") == newest
+
+
+def test_metrics_beyond_the_resumed_step_are_kept_apart(tmp_path):
+    path = training.write_config(tmp_path, checkpoint={"every": 2})
+    training.start(1, path)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step_{step:08d}")
+    training.start(1, path, "train.stop_at=3")
+    assert [record["step"] for record in training.records(tmp_path / "run")] == [1, 2, 3]
+    old = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl.old").read_text().splitlines()]
+    assert old == [3, 4, 5, 6]
+
+
+def test_evaluation_is_the_token_mean_of_every_layout(tmp_path):
+    losses = []
+    for world, *overrides in ((1,), (4, "parallel.tp=2", "parallel.pp=2"), (2, "parallel.dp=2", "batch.micro=1")):
+        folder = tmp_path / str(len(losses))
+        path = training.write_config(tmp_path, train={"dir": str(folder), "eval_every": 3, "eval_samples": 13})
+        training.start(world, path, *overrides)
+        losses.append([record["eval_loss"] for record in training.records(folder) if "eval_loss" in record])
+    assert len(losses[0]) == 2  # 13 samples don't fill the last step of 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["one-zero0", "tp2-pp2-bf16"])
+def test_bad_steps_in_a_row_stop_the_run(layout, tmp_path):
+    world, sections = LAYOUTS[layout]
+    sections = {**sections, "train": {"dir": str(tmp_path / "run"), "steps": 20, "max_bad_steps": 3}, "checkpoint": {"every": 1}}
+    path = training.write_config(tmp_path, **sections)
+    assert [code for code, _ in training.start(world, path, poisoned=(2, 4, 5, 6))] == [1] * world
+    logged = training.records(tmp_path / "run")
+    assert [record["step"] for record in logged if record.get("skipped")] == [3, 5, 6, 7] and logged[-1]["step"] == 7
+    kept = training.tensors(find(tmp_path / "run"))
+    assert all(torch.isfinite(value).all() for value in kept.values())
+
+
+def _differing(rank: int, world: int, path: str) -> tuple[int, str]:
+    return training.run_rank(rank, world, path, ["train.seed=5"] if rank == 1 else [])
+
+
+def test_ranks_with_different_configs_name_the_difference(tmp_path):
+    path = training.write_config(tmp_path, parallel={"dp": 2})
+    for code, said in dist.run(_differing, 2, str(path)):
+        assert code == 2 and "config train.seed: 1234 on rank 0, 5 on rank 1" in said
+
+
+@pytest.mark.parametrize(("world", "overrides", "words"), [
+    (1, ["data.train=[{\"path\": \"/nowhere/x\"}]"], "/nowhere/x"),
+    (2, ["parallel.dp=auto", "parallel.tp=4"], "4"),
+    (1, ["model.vocab_size=200"], "200 is smaller than the tokenizer's vocabulary of 257"),
+    (2, ["parallel.dp=2", "batch.global=9"], "batch.global"),
+    (1, ["model.hiden_size=3"], "model.hidden_size"),
+    (1, ["kernels.attention=flash_attn"], "flash_attn"),
+], ids=["missing data", "world", "vocabulary", "batch", "unknown key", "kernel"])
+def test_a_users_mistake_is_a_line_and_exit_2(world, overrides, words, tmp_path):
+    path = training.write_config(tmp_path)
+    for code, said in training.start(world, path, *overrides):
+        assert code == 2 and words in said and "Traceback" not in said, said
+
+
+def test_changed_seed_is_refused_unless_allowed(tmp_path):
+    path = training.write_config(tmp_path)
+    training.start(1, path, "train.stop_at=2")
+    code, said = training.start(1, path, "train.seed=99", "optimizer.lr=0.1")[0]
+    assert code == 2 and "train.seed" in said and "optimizer.lr" in said
+    assert training.start(1, path, "train.seed=99", "checkpoint.allow_changes=true")[0][0] == 0
+    code, said = training.start(1, path, "checkpoint.resume=never")[0]
+    assert code == 2 and "checkpoint.resume" in said
