@@ -1,6 +1,7 @@
 """Bytes of activations one rank keeps for its backward passes, estimated from what each layer saves.
 
-The count is that of Korthikanti et al. 2022, section 4, for attention that doesn't store its scores.
+The manner of counting is that of Korthikanti et al. 2022, section 4. tests/plan/test_live.py compares a layer's count to what
+autograd saves.
 """
 from __future__ import annotations
 
@@ -16,44 +17,49 @@ def activations(config: Config, plan: Plan, pp: int) -> int:
     """Bytes on one rank of stage `pp`, with the min(accumulation steps, pp - stage) micro-batches that 1F1B keeps in flight."""
     layers = sum(name.startswith("layers.") for name in plan.stage_layers(pp))
     in_flight = min(plan.accumulation_steps, plan.pp - pp)
-    total = in_flight * layers * layer_activations(config, plan, config.recompute.mode)
-    if config.recompute.mode == "full":
-        total += layer_activations(config, plan, "none")  # the layer that is being recomputed
+    mode = config.recompute.mode
+    total = in_flight * layers * layer_activations(config, plan, mode)
+    # One layer at a time holds again what it did not keep.
+    total += layer_activations(config, plan, "none") - layer_activations(config, plan, mode)
     if pp == plan.pp - 1:
         total += head_activations(config, plan)
     return total
 
 
 def layer_activations(config: Config, plan: Plan, recompute: str) -> int:
-    """Bytes one transformer layer keeps for one micro-batch."""
+    """Bytes one transformer layer keeps for one micro-batch; keyed dropout keeps no mask, norms' statistics are left out."""
     model, width, tp = config.model, WIDTH[config.precision.dtype], plan.tp
     tokens = model.seq_length * plan.micro_batch
-    stream = tokens // tp if plan.sequence_parallel else tokens     # positions of the residual stream on this rank
-    boundary = stream * model.hidden_size * width                   # [s/tp or s, b, h]
+    stream = (tokens // tp if plan.sequence_parallel else tokens) * model.hidden_size * width      # [s/tp or s, b, h]
     if recompute == "full":
-        return boundary
-    groups = max(1, model.num_query_groups // tp)
-    query = tokens * model.num_attention_heads * model.head_dim // tp * width
-    key_value = 2 * tokens * groups * model.head_dim * width
-    total = 4 * boundary                                            # inputs and outputs of both norms
-    total += query + key_value                                      # queries, keys and values after positions and QK norms
-    total += query                                                  # context, the projection's input
+        return stream
+    query, key = _query_and_key(config, plan)
+    # Inputs and outputs of both norms; with fewer groups than ranks, query, key and value share one gathered input.
+    total = 3 * stream + (stream if model.num_query_groups >= tp else tokens * model.hidden_size * width)
+    total += query + 2 * key                                # as projected
+    if model.qk_norm or model.position_embedding == "rotary":
+        total += query + key                                # normalised or rotated: values keep the fused projection alive
+    total += query                                          # context, the projection's input
     total += (3 if model.activation == "swiglu" else 2) * tokens * model.ffn_hidden_size // tp * width
-    if model.dropout > 0:
-        total += 2 * stream * model.hidden_size                     # masks of a byte, after attention and MLP
-    if recompute == "none":
-        total += _attention_core(config, plan)
-    return total
+    return total + (_attention_core(config, plan) if recompute == "none" else 0)
+
+
+def _query_and_key(config: Config, plan: Plan) -> tuple[int, int]:
+    """Bytes of this rank's queries [s, b, H/tp, d] and of its keys [s, b, G/tp, d], of one group where G < tp."""
+    model, groups = config.model, max(1, config.model.num_query_groups // plan.tp)
+    head = model.seq_length * plan.micro_batch * model.head_dim * WIDTH[config.precision.dtype]
+    return model.num_attention_heads // plan.tp * head, groups * head
 
 
 def _attention_core(config: Config, plan: Plan) -> int:
-    """Bytes between queries, keys, values and context: the log-sum-exp; the scores too where they are stored."""
+    """Bytes between queries, keys, values and context: the log-sum-exp, or the reference's fp32 operands and probabilities."""
     model, heads = config.model, config.model.num_attention_heads // plan.tp
     rows = plan.micro_batch * heads * model.seq_length
-    total = rows * 4
-    if plan.backends["attention"] == "reference" or model.attention_dropout > 0:
-        total += rows * model.seq_length * (2 * WIDTH[config.precision.dtype] + (1 if model.attention_dropout > 0 else 0))
-    return total
+    if plan.backends["attention"] != "reference":
+        return rows * 4
+    query, key = _query_and_key(config, plan)
+    wider = 0 if config.precision.dtype == "fp32" else query + 2 * key   # fp32 operands in place of half-precision ones
+    return wider + rows * model.seq_length * 4 * (2 if model.attention_dropout > 0 else 1)
 
 
 def head_activations(config: Config, plan: Plan) -> int:

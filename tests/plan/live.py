@@ -44,6 +44,30 @@ def measure(rank: int, world_size: int, sections: dict[str, dict[str, Any]]) -> 
     }
 
 
+def saved_by_a_layer(rank: int, world_size: int, sections: dict[str, dict[str, Any]]) -> int:
+    """Bytes that autograd keeps for the backward pass of one transformer layer, its weights apart."""
+    config = small_config(**sections)
+    plan = make_plan(config, world_size)
+    tp = start(plan, torch.device("cpu")).tp
+    context = StepContext(config.train.seed)
+    context.set(0, torch.arange(plan.micro_batch))
+    layer = layers(config, plan, tp, context)[2].build()
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved.append(tensor)
+        return tensor
+
+    length = config.model.seq_length // (plan.tp if plan.sequence_parallel else 1)
+    shape = (length, plan.micro_batch, config.model.hidden_size)
+    hidden = torch.randn(shape, dtype=next(layer.parameters()).dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(hidden)
+    return held(saved)
+
+
 class Watch(StepContext):
     """Looks at the gradients before each forward of a step: the most that it ever saw is what is accumulated."""
 

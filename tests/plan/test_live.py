@@ -9,7 +9,7 @@ from megalm.plan.memory import rank_memory
 from megalm.plan.parameters import stage_parts
 from tests import dist
 from tests.config.trees import config
-from tests.plan.live import measure
+from tests.plan.live import measure, saved_by_a_layer
 
 # Sizes that dp divides nowhere, so that every kind of padding shows.
 GPT = {"num_layers": 3, "hidden_size": 40, "num_attention_heads": 8, "num_query_groups": 4, "ffn_hidden_size": 52,
@@ -37,6 +37,32 @@ LAYOUTS = [
     (LLAMA, "bf16", {"tp": 2, "pp": 2, "sequence_parallel": True}, 8),
     (GPT, "bf16 immediate", {"pp": 2}, 4),
 ]
+
+
+LLAMA_LAYER = {"normalization": "rms_norm", "activation": "swiglu", "position_embedding": "rotary", "bias": False,
+               "num_query_groups": 2}
+LAYERS = [
+    # model, dtype, recompute, tp, sequence parallel
+    ({}, "bf16", "none", 1, False),
+    ({}, "bf16", "full", 1, False),
+    (LLAMA_LAYER, "fp32", "selective", 1, False),
+    (LLAMA_LAYER, "bf16", "none", 2, True),
+    (LLAMA_LAYER, "bf16", "none", 2, False),
+    ({"qk_norm": True, "dropout": 0.1}, "bf16", "none", 1, False),
+    ({"attention_dropout": 0.1}, "bf16", "none", 1, False),
+    ({"attention_dropout": 0.1}, "fp32", "selective", 1, False),
+    ({"num_query_groups": 1}, "bf16", "none", 2, True),
+]
+
+
+@pytest.mark.parametrize("model, dtype, recompute, tp, sequence_parallel", LAYERS)
+def test_a_layer_keeps_what_the_plan_says(model, dtype, recompute, tp, sequence_parallel):
+    sections = {"model": {"hidden_size": 256, "seq_length": 128, **model}, "precision": {"dtype": dtype}, "batch": {"micro": 2},
+                "parallel": {"tp": tp, "sequence_parallel": sequence_parallel}, "recompute": {"mode": recompute}}
+    planned = config(**sections)
+    estimate = activations.layer_activations(planned, make_plan(planned, tp), recompute)
+    for live in dist.run(saved_by_a_layer, tp, sections):
+        assert estimate == pytest.approx(live, rel=0.03)
 
 
 def test_logits_chunk_is_the_loss_functions():
