@@ -48,6 +48,13 @@ def test_config_fits_the_memory_of_its_gpus(name):
     assert max(stage.total for stage in memory(config, plan)) < 72 * 2**30
 
 
+def test_commands_of_the_readme():
+    commands = re.findall(r"^    megalm \w+ (\S+)(.*)$", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    for path, rest in commands:
+        assert load(FOLDER.parent / path, [word for word in rest.split() if "=" in word])
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_config_names_its_schema(name):
     assert '"$schema": "../megalm/config/schema.json"' in (FOLDER / f"{name}.json").read_text()
