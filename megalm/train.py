@@ -60,6 +60,9 @@ def train(config: Config, stop: StopSignal) -> int:
     folder = Path(config.train.dir)
     resumed = groups.agreed(lambda: checkpoint.choose(folder, config.checkpoint.resume))
     if resumed is not None:
+        done = groups.agreed(lambda: checkpoint.read_manifest(resumed)["step"])
+        if done >= config.train.steps:
+            return _already_finished(groups, done, config.train.steps)
         groups.agreed(lambda: checkpoint.check_resume(resumed, config, plan))
     loader, valid = _loaders(config, groups, tokenizer.eod)
     context = StepContext(config.train.seed)
@@ -70,7 +73,15 @@ def train(config: Config, stop: StopSignal) -> int:
     elif config.checkpoint.init_from is not None:
         checkpoint.load(checkpoint.find(config.checkpoint.init_from), engine, groups, weights_only=True)
     logger = Logger(config, plan, rank=groups.rank, first_step=first)
+    for note in (*plan.notes, *(f"data: {share}" for share in loader.dataset.shares)):
+        logger.note(note)
     return _loop(Run(config, groups, engine, loader, valid, logger, stop, tokenizer.files()), first)
+
+
+def _already_finished(groups: Groups, done: int, steps: int) -> int:
+    if groups.rank == 0:
+        print(f"the run is finished: {done} of {steps} steps are done; a larger train.steps goes on", flush=True)
+    return 0
 
 
 def _loaders(config: Config, groups: Groups, eod: int | None) -> tuple[Loader, Loader | None]:
@@ -93,9 +104,6 @@ def _loaders(config: Config, groups: Groups, eod: int | None) -> tuple[Loader, L
 def _loop(run: Run, first: int) -> int:
     """Steps `first`, first + 1, ... until the end, a stop, or too many bad steps in a row."""
     config, last = run.config, run.config.train.steps
-    if first >= last:
-        run.logger.note(f"the run is finished: {first} of {last} steps are done")
-        return 0
     bad, saved = 0, first
     for step in range(first, last):
         result = run.engine.train_step(step, run.loader.step(step))

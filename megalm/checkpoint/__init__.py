@@ -1,6 +1,6 @@
 """Checkpoints as folders of safetensors and JSON, loadable under any layout. README.md documents the format."""
 
-from megalm.checkpoint.find import fault, find, newest
+from megalm.checkpoint.find import fault, find, newest, read_manifest
 from megalm.checkpoint.format import CheckpointError
 from megalm.checkpoint.fragment import Fragment
 from megalm.checkpoint.load import Loaded, Weights, load, read_weights
@@ -8,4 +8,4 @@ from megalm.checkpoint.resume import Difference, check_resume, choose, differenc
 from megalm.checkpoint.save import save
 
 __all__ = ["CheckpointError", "Difference", "Fragment", "Loaded", "Weights", "check_resume", "choose", "differences", "fault",
-           "find", "flatten", "load", "newest", "read_weights", "save"]
+           "find", "flatten", "load", "newest", "read_manifest", "read_weights", "save"]

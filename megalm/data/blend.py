@@ -38,6 +38,9 @@ class Share:
     samples: int
     epochs: float
 
+    def __str__(self) -> str:
+        return f"{self.path} gives {self.samples:,} samples ({self.weight:.1%} of the blend), {self.epochs:.2f} epochs"
+
 
 def integer_weights(weights: Sequence[float], limit: int = LIMIT) -> list[int]:
     """Integers in the proportion of the weights, each weight taken as the decimal that it is written as: [0.7, 0.3] -> [7, 3].
