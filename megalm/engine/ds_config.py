@@ -10,6 +10,7 @@ from typing import Any
 
 from megalm.config import Config
 from megalm.plan import Plan
+from megalm.plan.memory import REDUCE_BUCKET
 
 
 def ds_config(config: Config, plan: Plan) -> dict[str, Any]:
@@ -19,7 +20,8 @@ def ds_config(config: Config, plan: Plan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": 0.0 if plan.zero_stage == 0 else config.optimizer.clip_grad_norm,
-        "zero_optimization": {"stage": plan.zero_stage},
+        "zero_optimization": {"stage": plan.zero_stage,
+                              "reduce_bucket_size": config.passed_on("zero_optimization.reduce_bucket_size", REDUCE_BUCKET)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,  # megalm's own metrics report the steps
         # Partitioning what crosses a stage boundary assumes equal activations on all tp ranks, which sequence

@@ -18,7 +18,7 @@ from . import parameters
 from .activations import WIDTH, activations
 from .plan import Plan
 
-REDUCE_BUCKET = 500_000_000  # elements, DeepSpeed's zero_optimization.reduce_bucket_size: each backward pass allocates it whole
+REDUCE_BUCKET = 50_000_000  # elements; each backward pass allocates it whole, and DeepSpeed's own default is ten times this
 ZERO3_PERSISTENT = 100_000   # elements, DeepSpeed's stage3_param_persistence_threshold: smaller parameters stay gathered
 
 
