@@ -55,6 +55,16 @@ class StageModule(PipelineModule):
         super().__init__([_TiedSpec(d) if d.tied else _Spec(d) for d in descriptions], loss_fn=loss,
                          topology=PipeModelDataParallelTopology(num_pp=plan.pp, num_mp=plan.tp, num_dp=plan.dp))
 
+    def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """This stage's layers; on the last stage (hidden_states, weight) for the loss."""
+        outputs = super().forward(inputs)
+        if isinstance(outputs, tuple):
+            # DeepSpeed hooks what a stage returns and clears the half-precision gradients when the first hook fires. A leaf
+            # gets no hook: the weight's gradient would arrive first and be cleared. A view gets one.
+            hidden, weight = outputs
+            outputs = hidden, weight.view_as(weight)
+        return outputs
+
     def _partition_layers(self, method: str = "uniform") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe
         self.parts = list(self._plan_bounds)
