@@ -19,7 +19,7 @@ from megalm.data.tokenizer import load_tokenizer  # imports no torch
 from megalm.launch import output, rank
 from megalm.launch.gpus import visible_gpus
 from megalm.launch.process import adopt_orphans, die_with_parent
-from megalm.launch.supervise import Interrupts, RankProcess, supervise
+from megalm.launch.supervise import Interrupts, RankProcess, say, supervise
 from megalm.plan import Plan, PlanError, make_plan
 
 LAUNCHER_PID = "MEGALM_LAUNCHER_PID"  # tells a fresh rank process who its parent must be
@@ -44,6 +44,8 @@ def start(config_path: str, overrides: Sequence[str], job: str = rank.TRAIN) -> 
             start_ranks = _fork
             _import_everything(environment, job)
         with Interrupts() as interrupts:
+            where = "on GPUs" if gpus else "on the CPU"
+            say(f"starting {plan.world_size} ranks {where}: tp {plan.tp} x pp {plan.pp} x dp {plan.dp}")
             return supervise(start_ranks(plan, environment, arguments), interrupts)
 
 

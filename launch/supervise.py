@@ -86,20 +86,20 @@ def supervise(ranks: Sequence[RankProcess], interrupts: Interrupts) -> int:
         if interrupts.first is not None and not told:
             told = True
             _signal_all(ranks, signal.SIGTERM)
-            _say("stopping: the ranks save and leave at the next step (Ctrl-C again ends them at once)")
+            say("stopping: the ranks save and leave at the next step (Ctrl-C again ends them at once)")
         if interrupts.at_once or time.monotonic() >= deadline:
             _signal_all(ranks, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     end_descendants(LEFTOVER_SECONDS if first is None and not interrupts.at_once else FLUSH_SECONDS)
     if interrupts.at_once:
-        _say("ended at once; the last checkpoint is whole")
+        say("ended at once; the last checkpoint is whole")
         return INTERRUPTED
     if first is None:
         return 0
     # A Ctrl-C may have ended every rank before the launcher heard of it.
     failed = [rank for rank in ranks if rank.failed]
     if (told or len(failed) == len(ranks)) and all(_was_interrupted(rank.status) for rank in failed):
-        _say("interrupted before training had begun; nothing was saved")
+        say("interrupted before training had begun; nothing was saved")
         return INTERRUPTED
     code = os.WEXITSTATUS(first.status) if os.WIFEXITED(first.status) else 128 + os.WTERMSIG(first.status)
     if not (code == USER_ERROR and ranks[0].status == first.status):  # then rank 0 has said on the console what is wrong
@@ -133,12 +133,13 @@ def _was_interrupted(status: int) -> bool:
 
 
 def _report(first: RankProcess, others: Sequence[RankProcess]) -> None:
-    _say(f"{first} failed: {describe_status(first.status)}; the job has ended. The end of {first.log}:")
+    say(f"{first} failed: {describe_status(first.status)}; the job has ended. The end of {first.log}:")
     for line in output.tail(first.log, TAIL_LINES):
         print(f"  | {line}", file=sys.stderr)
     if others:
         print(f"  (then {', '.join(f'rank {rank.rank}: {describe_status(rank.status)}' for rank in others)})", file=sys.stderr)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line from the launcher itself."""
     print(f"megalm: {text}", file=sys.stderr, flush=True)

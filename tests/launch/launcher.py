@@ -52,7 +52,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 class Launcher:
-    """`megalm train` on a job of jobs.py, output in files, in a session of its own as under a terminal."""
+    """`megalm train` on a job of jobs.py ("": training), output in files, in a session of its own as under a terminal."""
 
     def __init__(self, folder: Path, config: Path):
         self.folder, self.config = folder, config
@@ -132,7 +132,7 @@ class WarmLauncher(Launcher):
                 os.close(reader)
                 os.dup2(writer, 1)
             supervise.GRACE_SECONDS = self.grace
-            code = run.main([str(self.config), "--job", f"tests.launch.jobs:{job}", *overrides])
+            code = run.main([str(self.config), *(["--job", f"tests.launch.jobs:{job}"] if job else []), *overrides])
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
