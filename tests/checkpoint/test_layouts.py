@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 import torch
 
-from megalm.checkpoint import CheckpointError, Fragment, load, read_weights
+from megalm.checkpoint import CheckpointError, Fragment, find, load, read_weights
 from tests.checkpoint.fakes import ADAM, SMALL, Crew, Engine, draw, engines, expected, save_all
 
 LAYOUTS = [dict(tp=1), dict(tp=2), dict(tp=4, dp=2), dict(pp=2, dp=3), dict(dp=5), dict(tp=2, pp=2, dp=2), dict(tp=3, pp=3, dp=2),
@@ -166,6 +167,11 @@ def test_dtypes_of_different_sizes_share_a_file(tmp_path):
     dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.float32]
     held = [Fragment(f"p{index}", "weight", (3,), None, 0, 3, 0, torch.randn(3).to(dtype)) for index, dtype in enumerate(dtypes)]
     succeed(save_all(tmp_path, 1, [Engine(held)]))
+    content = (find(tmp_path) / "rank_00000.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8: 8 + length])
+    for fragment in held:
+        assert (8 + length + header[f"weight/{fragment.part}"]["data_offsets"][0]) % fragment.tensor.element_size() == 0
     weights = read_weights(tmp_path)
     for fragment in held:
         assert torch.equal(weights[fragment.part], fragment.tensor) and weights[fragment.part].dtype == fragment.tensor.dtype
