@@ -132,6 +132,9 @@ def extra_cases() -> Iterator[Case]:
     two_groups = (("num_query_groups", 2),)
     yield Case("llama", 4, 1, 1, True, label="groups2", model=(*two_groups, ("qk_norm", True)))
     yield Case("gpt2", 2, 1, 2, label="zero3", zero_stage=3, optimizer="sgd")
+    yield Case("gpt2", 2, 2, 2, True, label="bf16", dtype="bf16")
+    yield Case("gpt2", 2, 1, 2, True, label="bf16-zero2", dtype="bf16", zero_stage=2)
+    yield Case("llama", 2, 1, 2, True, label="bf16-zero3", dtype="bf16", zero_stage=3)
     yield Case("llama", 2, 1, 2, label="padded_rank", model=(("vocab_size", 120), ("vocab_multiple", 256)))
 
 

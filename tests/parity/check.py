@@ -15,7 +15,7 @@ def problems_of(case: Case, mutation: str | None = None, steps: int = STEPS) -> 
     results = dist.run(train, case.world_size, case, mutation, steps, timeout=TIMEOUT)
     ours, problems = compare.gather(results)
     problems += compare.replica_problems(results)
-    theirs = references.record(case, steps=steps)
     if case.dtype == "bf16":
-        return problems + compare.bf16_problems(ours, theirs, references.record(case.serial("fp32"), steps=steps))
-    return problems + compare.fp32_problems(ours, theirs)
+        serial = [references.record(case, micro, steps) for micro in (1, 2, 8)]
+        return problems + compare.bf16_problems(ours, serial, references.record(case.serial("fp32"), steps=steps))
+    return problems + compare.fp32_problems(ours, references.record(case, steps=steps))

@@ -33,12 +33,11 @@ def record(case: Case, micro_batch: int | None = None, steps: int = STEPS) -> re
 def _record(case: Case, micro_batch: int | None, steps: int) -> reference.Record:
     config, plan = config_and_plan(case)
     o, size = config.optimizer, plan.vocab_size
-    # In bf16 only accumulation over micro-batches, in fp32, makes a run what it is.
     recipe = reference.Recipe(
         seed=config.train.seed, steps=steps, dtype=DTYPES[case.dtype], optimizer=o.name, betas=tuple(o.betas), eps=o.eps,
         lr=lambda step: lr_at(config.schedule, o.lr, STEPS, step), weight_decay=o.weight_decay, momentum=o.momentum,
         clip_grad_norm=o.clip_grad_norm,
-        micro_batch=micro_batch or (config.batch.micro if case.dtype == "bf16" else None),
+        micro_batch=micro_batch,
     )  # fmt: skip
     whole = reference.Shape.of(config.model, size, plan.padded_vocab_size)
     return reference.train(whole, recipe, lambda step: global_batch(step, size), [global_batch(EVALUATION_STEP, size)])

@@ -85,9 +85,9 @@ def test_what_is_not_finite_fails(value: float) -> None:
         spoil(spoiled)
         assert len(compare.fp32_problems(spoiled, _record())) == 1
         if spoil is not spoil_norm and spoil is not spoil_loss:
-            assert compare.bf16_problems(spoiled, _record(), _record())
+            assert compare.bf16_problems(spoiled, [_record()], _record())
         else:
-            assert len(compare.bf16_problems(spoiled, _record(), _record())) == 1
+            assert len(compare.bf16_problems(spoiled, [_record()], _record())) == 1
 
 
 def test_assembling_needs_every_element() -> None:
