@@ -3,7 +3,7 @@
     gelu     0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))   (Hendrycks, Gimpel, 2016, the tanh form of GPT-2 and Megatron-LM)
     swiglu   silu(gate) * up,  silu(x) = x sigmoid(x)            (Shazeer, "GLU variants improve Transformer", 2020)
 
-Memory: the backward pass of swiglu keeps gate_up alone and computes silu again.
+Memory: the backward pass of swiglu keeps gate_up; on CPU also silu(gate), since reading it costs less than an exponential there.
 """
 
 from __future__ import annotations
@@ -57,14 +57,18 @@ def _torch_swiglu(gate_up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        silu = F.silu(gate)
+        if eager_cpu(gate_up) and ctx.needs_input_grad[0]:
+            ctx.save_for_backward(gate_up, silu)
+            return silu * up
+        ctx.save_for_backward(gate_up)
+        return silu.mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        gate_up, = ctx.saved_tensors
+        gate_up, *kept = ctx.saved_tensors
         width = grad.shape[-1]
         rows, grads = gate_up.reshape(-1, 2 * width), grad.reshape(-1, width)   # [n, 2f], [n, f]
         result = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -73,9 +77,9 @@ class _SwiGLU(torch.autograd.Function):
             piece = slice(first, first + step)
             gate, up = rows[piece].chunk(2, dim=-1)
             grad_gate, grad_up = result[piece].chunk(2, dim=-1)
-            silu = F.silu(gate)
+            silu = kept[0].reshape(-1, width)[piece] if kept else F.silu(gate)
             torch.mul(silu, grads[piece], out=grad_up)
-            grad_silu = torch.mul(grads[piece], up, out=silu)
+            grad_silu = torch.mul(grads[piece], up, out=None if kept else silu)
             torch.ops.aten.silu_backward.grad_input(grad_silu, gate, grad_input=grad_gate)
         return result.view(gate_up.shape)
 

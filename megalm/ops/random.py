@@ -130,7 +130,6 @@ def _keep_mask(samples, seed: int, step: int, layer: int, op: int, bounds: list[
             raise ValueError(f"dropout extent ({start}, {stop}, {full}): need 0 <= start <= stop <= full")
     starts, length = _runs(extents)                                      # [r], first place of each contiguous run of a sample
     samples = samples.to(device=device, dtype=torch.int64)               # [b]
-    starts = starts.to(device)
     mask = torch.empty(len(samples) * len(starts), length, dtype=torch.bool, device=device)
     limit = threshold(probability)
 
@@ -172,7 +171,6 @@ def normal(seed: int, name: str, full_shape: Sequence[int], dim: int | None, sta
     digest = hashlib.sha256(f"megalm.normal:{seed}:{name}".encode()).digest()
     key_words = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
     starts, length = _runs(extents)
-    starts = starts.to(device)
     out = torch.empty(len(starts), length, dtype=dtype, device=device)
 
     def box_muller(words, values):
@@ -183,7 +181,7 @@ def normal(seed: int, name: str, full_shape: Sequence[int], dim: int | None, sta
             values[..., lane] = radius * torch.cos(angle)
             values[..., lane + 1] = radius.mul_(angle.sin_())
 
-    _fill(out, starts, torch.zeros_like(starts), key_words, box_muller)
+    _fill(out, starts, torch.zeros(len(starts), dtype=torch.int64, device=device), key_words, box_muller)
     return out.view([stop - start for start, stop, _ in extents])
 
 
@@ -206,6 +204,7 @@ def _runs(extents: Sequence[tuple[int, int, int]]) -> tuple[Tensor, int]:
 def _fill(out: Tensor, starts: Tensor, samples: Tensor, key_words: tuple[int, int], transform: Callable) -> None:
     """Fill out [r, length]: row i holds the elements at places starts[i] .. starts[i] + length of sample samples[i].
 
+    starts is on the CPU, so that its phases are known without waiting for a device; samples are where out is.
     transform(words, values) turns four word tensors [n, c] into values [n, c, 4] of out's dtype.
     """
     if out.numel() == 0:
@@ -218,14 +217,15 @@ def _fill(out: Tensor, starts: Tensor, samples: Tensor, key_words: tuple[int, in
     for phase in distinct:
         rows = (phases == phase).nonzero().flatten()
         part = torch.empty(len(rows), out.shape[1], dtype=out.dtype, device=out.device)
-        _fill_rows(part, starts[rows] // 4, samples[rows], phase, key_words, transform)
-        out[rows] = part
+        here = rows.to(out.device)
+        _fill_rows(part, starts[rows] // 4, samples[here], phase, key_words, transform)
+        out[here] = part
 
 
 def _fill_rows(out: Tensor, first: Tensor, samples: Tensor, phase: int, key_words: tuple[int, int], transform: Callable) -> None:
     """_fill for rows that all begin at word `phase` of their block first[i]."""
     length = out.shape[1]
-    for rows, columns, words in _blocks(first, samples, (phase + length + 3) // 4, key_words):
+    for rows, columns, words in _blocks(first.to(out.device), samples, (phase + length + 3) // 4, key_words):
         values = torch.empty(*words[0].shape, 4, dtype=out.dtype, device=out.device)
         transform(words, values)
         values = values.flatten(1)                                            # [n, c, 4] -> [n, 4c]

@@ -87,12 +87,19 @@ def test_swiglu_of_a_strided_view_and_gradient():
     torch.testing.assert_close(torch.autograd.grad(out, view, grad)[0], torch.autograd.grad(plain_swiglu(view), view, grad)[0])
 
 
-def test_swiglu_keeps_its_input_alone_for_the_backward_pass():
-    x = randn(4, 16).requires_grad_()
+def test_swiglu_keeps_its_input_and_on_cpu_silu_for_the_backward_pass():
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
-        swiglu(x)
-    assert saved == [x.shape]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tuple(tensor.shape)), lambda packed: packed):
+        swiglu(randn(4, 16).requires_grad_())
+        swiglu(randn(4, 16))
+    assert saved == [(4, 16), (4, 8)]
+
+
+def test_swiglu_that_computes_silu_again_gives_the_same_gradient(monkeypatch):
+    x, grad = randn(9, 16).requires_grad_(), randn(9, 8, seed=1)
+    kept = torch.autograd.grad(swiglu(x), x, grad)
+    monkeypatch.setattr(module, "eager_cpu", lambda tensor: False)   # as on a GPU
+    torch.testing.assert_close(torch.autograd.grad(swiglu(x), x, grad), kept)
 
 
 @pytest.mark.parametrize("name", PLAIN)
