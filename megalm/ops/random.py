@@ -39,11 +39,14 @@ _CHUNK_DEVICE = 1 << 20
 
 
 class DropoutKey(NamedTuple):
-    """What a dropout mask depends on besides sample and place. `op` is one of the small constants of this module."""
+    """What a dropout mask depends on besides sample and place. `op` is one of the small constants of this module.
+
+    Compiled code is given step and layer as int64 scalars on the CPU: it would otherwise be compiled anew for every number.
+    """
 
     seed: int
-    step: int
-    layer: int
+    step: int | Tensor
+    layer: int | Tensor
     op: int
 
 
@@ -118,11 +121,12 @@ def keep_mask(key: DropoutKey, samples: Tensor, extents: Sequence[tuple[int, int
     bounds = [int(bound) for extent in extents for bound in extent]
     device = samples.device if device is None else torch.device(device)
     if torch.compiler.is_compiling():
-        return torch.ops.megalm.keep_mask(samples, key.seed, key.step, key.layer, key.op, bounds, probability, device)
+        step, layer = torch.as_tensor(key.step), torch.as_tensor(key.layer)
+        return torch.ops.megalm.keep_mask(samples, key.seed, step, layer, key.op, bounds, probability, device)
     return _keep_mask(samples, key.seed, key.step, key.layer, key.op, bounds, probability, device)
 
 
-def _keep_mask(samples, seed: int, step: int, layer: int, op: int, bounds: list[int], probability: float, device) -> Tensor:
+def _keep_mask(samples, seed: int, step, layer, op: int, bounds: list[int], probability: float, device) -> Tensor:
     """keep_mask with flat arguments, as a custom op has them: under torch.compile the rounds stay one opaque call."""
     extents = list(zip(bounds[0::3], bounds[1::3], bounds[2::3], strict=True))
     for start, stop, full in extents:
@@ -137,7 +141,7 @@ def _keep_mask(samples, seed: int, step: int, layer: int, op: int, bounds: list[
         for lane in range(4):
             torch.ge(words[lane], limit, out=out[..., lane])
 
-    key_words = dropout_words(DropoutKey(seed, step, layer, op))
+    key_words = dropout_words(DropoutKey(seed, int(step), int(layer), op))
     _fill(mask, starts.repeat(len(samples)), samples.repeat_interleave(len(starts)), key_words, compare)
     return mask.view(len(samples), *(stop - start for start, stop, _ in extents))
 
@@ -149,7 +153,7 @@ def _keep_mask_shape(samples, seed, step, layer, op, bounds, probability, device
 
 _library = torch.library.Library("megalm", "FRAGMENT")
 _library.define(
-    "keep_mask(Tensor samples, int seed, int step, int layer, int op, SymInt[] bounds, float probability, Device device)"
+    "keep_mask(Tensor samples, int seed, Tensor step, Tensor layer, int op, SymInt[] bounds, float probability, Device device)"
     " -> Tensor"
 )
 _library.impl("keep_mask", _keep_mask, "CompositeExplicitAutograd")

@@ -93,8 +93,6 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if not eager_cpu(x):
         return _reference(x, cos, sin)
     s, b, heads, d = x.shape
-    if x.stride(2) != d or x.stride(3) != 1:
-        x = x.contiguous()
     dtype = wide_dtype(x.dtype)
     cos = torch.cat((cos, cos), dim=-1).to(dtype).repeat(1, heads).unsqueeze(1)                    # [s, 1, heads * d]
     sin = torch.cat((-sin, sin), dim=-1).to(dtype).repeat(1, heads).unsqueeze(1)

@@ -130,7 +130,8 @@ def test_wrong_arguments_are_refused():
 
 
 def test_mask_under_torch_compile_is_one_opaque_call():
-    torch.library.opcheck(torch.ops.megalm.keep_mask, (torch.arange(3), *KEY, [0, 3, 3, 1, 5, 8], 0.25, torch.device("cpu")))
+    traced = KEY._replace(step=torch.tensor(KEY.step), layer=torch.tensor(KEY.layer))
+    torch.library.opcheck(torch.ops.megalm.keep_mask, (torch.arange(3), *traced, [0, 3, 3, 1, 5, 8], 0.25, torch.device("cpu")))
 
     def masked(samples, step):
         return keep_mask(KEY._replace(step=step), samples, [(0, 3, 3), (1, 5, 8)], 0.25)

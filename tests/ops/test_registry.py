@@ -42,6 +42,15 @@ def test_auto_takes_the_order_of_the_measured_device_first():
     assert name(registry(cuda={"norm": ["reference", "torch"]}).choose("norm", "auto", CPU)) == "torch"
 
 
+def test_a_gpu_measured_by_name_goes_before_gpus_in_general(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    cuda = Features("cuda", torch.float32)
+    measured = {"cuda": {"norm": ["torch"]}, "NVIDIA H200": {"norm": ["reference"]}}
+    assert name(registry(**measured).choose("norm", "auto", cuda)) == "reference"
+    assert name(registry(cuda={"norm": ["torch"]}).choose("norm", "auto", cuda)) == "torch"
+
+
 def test_auto_passes_over_what_cannot_serve_or_is_avoided_and_says_why():
     measured = {"cpu": {"norm": ["absent", "megalm", "library", "torch"]}, "cuda": {"norm": ["megalm", "torch"]}}
     made = registry(**measured)
