@@ -2,7 +2,7 @@
 # make test         the whole test suite                 make lint    ruff
 # make .venv        the virtual environment only; the others make it first where it is missing or out of date
 #
-# On a machine without a GPU, `make .venv TORCH_INDEX=https://download.pytorch.org/whl/cpu` saves the download of the CUDA libraries.
+# On a machine without a GPU, `make .venv TORCH_INDEX=URL`, the index of torch's CPU wheels, saves the download of the CUDA libraries.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:

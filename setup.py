@@ -23,12 +23,12 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["megalm", "megalm.*"]), "megalm.launch", "megalm.tools"],
     package_dir={"megalm.launch": "launch", "megalm.tools": "tools"},
-    package_data={"": ["*.json"], "megalm.launch": ["*.sbatch", "*.yaml", "*.example"]},
+    package_data={"": ["*.json"], "megalm.launch": ["*.example"]},
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.8",  # older ones scale a pipeline's gradients wrongly under accumulation
         "numpy>=1.26",
-        "pydantic>=2.7",
+        "pydantic>=2.11",
         "safetensors>=0.4.3",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",

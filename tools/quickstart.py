@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalm.config import Config, load
+from megalm.metrics import draw_loss
 from megalm.tools._command import Parser, run
 
 CONFIG = "configs/quickstart.json"
@@ -23,16 +24,19 @@ PROMPT = "def read_file(path):\n"
 NEEDED_NATS = 0.5  # how far below the unigram entropy the loss must end: what only context can give
 
 
-def step(title: str, command: Sequence[str], product: Path | None = None) -> None:
-    """Run one command in the terminal, unless its product exists. Raises ValueError when it fails."""
+def step(title: str, command: Sequence[str], product: Path | None = None, save: Path | None = None) -> None:
+    """Run one command in the terminal, unless its product exists; `save` keeps what it prints. ValueError when it fails."""
     if product is not None and product.exists():
         print(f"\n== {title}: {product} is there already", flush=True)
         return
     print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
     start = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", *command]).returncode
-    if code:
-        raise ValueError(f"{title} failed with exit code {code}; the command was: python -m {shlex.join(command)}")
+    done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE if save else None, text=True)
+    if done.returncode:
+        raise ValueError(f"{title} failed with exit code {done.returncode}; the command was: python -m {shlex.join(command)}")
+    if save is not None:
+        print(done.stdout, end="", flush=True)
+        save.write_text(done.stdout)
     print(f"   {time.monotonic() - start:.1f} s", flush=True)
 
 
@@ -77,9 +81,12 @@ def quickstart(overrides: Sequence[str]) -> int:
     prepare()
     config = load(CONFIG, overrides)
     step("train", ["megalm.cli", "train", CONFIG, *overrides])
-    step("generate", ["megalm.cli", "generate", "--checkpoint", config.train.dir, "--prompt", PROMPT, "--max-new-tokens", "60",
-                      "--temperature", "0.8", "--top-p", "0.95", "--seed", "1"])
-    entropy, loss = unigram_entropy(config), last_evaluation(Path(config.train.dir))
+    folder = Path(config.train.dir)
+    generate = ["megalm.cli", "generate", "--checkpoint", config.train.dir, "--prompt", PROMPT, "--max-new-tokens", "60",
+                "--temperature", "0.8", "--top-p", "0.95", "--seed", "1"]
+    step("generate", generate, save=folder / "samples.txt")
+    entropy, loss = unigram_entropy(config), last_evaluation(folder)
+    draw_loss(folder, unigram_entropy=entropy)
     print(f"\nunigram entropy of the validation tokens  {entropy:.3f} nats a token")
     print(f"validation loss of the model              {loss:.3f} nats a token, {entropy - loss:.3f} below")
     print(f"loss curve: {config.train.dir}/loss.png    everything else: {config.train.dir}/")

@@ -97,11 +97,12 @@ def _accumulate(total: Tensor | None, grad_logits: Tensor, x: Tensor, chunks: in
 
 def _reduced_statistics(logits: Tensor, target: Tensor, start: int, vocab: int, tp: TensorParallel,
                         backend: str) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp, target logit), fp32 [n], over the whole vocabulary from each rank's share of it."""
+    """(log-sum-exp, float64; target logit) of each of [n] tokens, over the whole vocabulary from each rank's share of it."""
     maximum, exponentials, target_logit = chunk_statistics(logits, target, start, vocab, backend=backend)
     if tp.size > 1:
         own = maximum.clone()
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp.group)
         sums = torch.stack((exponentials * torch.exp(own - maximum), target_logit))  # [2, n] {tp}
         exponentials, target_logit = all_reduce(sums, tp)
-    return maximum + torch.log(exponentials), target_logit
+    # In fp32 this sum alone would double the loss's error.
+    return maximum.double() + exponentials.double().log(), target_logit
