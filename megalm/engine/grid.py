@@ -71,6 +71,8 @@ def adopt_process_group() -> None:
     logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by the names that torch 2.13 renamed; it is told at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The table of ops that can be compiled is made on first access, by compiling in every rank. Its one reader in training is the
+    # shared-memory op, so it starts empty instead.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed_groups.mpu = None  # it outlives an engine; a second one in the process would inherit it
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
