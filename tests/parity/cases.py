@@ -46,6 +46,7 @@ class Case:
     dtype: str = "fp32"
     micro: int = 0  # 0: see `micro_batch`
     model: tuple[tuple[str, object], ...] = ()
+    silent_step: int | None = None  # a step in which no label counts
     label: str = ""
 
     @property
@@ -55,7 +56,7 @@ class Case:
     @property
     def micro_batch(self) -> int:
         """One sample where that is cheap. A tp collective on CPU is all latency, so the wider tp is, the fewer and larger."""
-        return self.micro or {1: 1, 2: 2, 4: 2, 8: 4}[self.tp]
+        return self.micro or {1: 1, 2: 2, 4: 4, 8: 4}[self.tp]
 
     @property
     def name(self) -> str:
@@ -82,12 +83,13 @@ class Case:
 
     def serial(self, dtype: str | None = None) -> Case:
         """The case whose reference this one is held to: whatever can't change the mathematics taken away."""
-        return Case(style=self.style, optimizer=self.optimizer, model=self.model, dtype=dtype or self.dtype)
+        return Case(style=self.style, optimizer=self.optimizer, model=self.model, dtype=dtype or self.dtype,
+                    silent_step=self.silent_step)  # fmt: skip
 
 
 # tp, pp, dp
 LAYOUTS = (
-    (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4),
+    (1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4),
     (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2),
 )  # fmt: skip
 
@@ -132,6 +134,10 @@ def extra_cases() -> Iterator[Case]:
     two_groups = (("num_query_groups", 2),)
     yield Case("llama", 4, 1, 1, True, label="groups2", model=(*two_groups, ("qk_norm", True)))
     yield Case("gpt2", 2, 1, 2, label="zero3", zero_stage=3, optimizer="sgd")
+    # Dropout of the scores needs the reference attention; without it `auto` takes the fused one.
+    yield Case("llama", 2, 2, 2, True, label="fused", model=(("attention_dropout", 0.0),), recompute="selective")
+    yield Case("gpt2", 1, 2, 1, label="silent", silent_step=4, optimizer="sgd")
+    yield Case("llama", 2, 1, 1, label="silent", silent_step=4, zero_stage=0)
     yield Case("gpt2", 2, 2, 2, True, label="bf16", dtype="bf16")
     yield Case("gpt2", 2, 1, 2, True, label="bf16-zero2", dtype="bf16", zero_stage=2)
     yield Case("llama", 2, 1, 2, True, label="bf16-zero3", dtype="bf16", zero_stage=3)

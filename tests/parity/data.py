@@ -28,8 +28,11 @@ class Batch:
     labels: Tensor
 
 
-def global_batch(step: int, vocab_size: int) -> Batch:
-    """The batch of `step`: tokens that can be learned (a noisy arithmetic progression), a random subset of labels counted."""
+def global_batch(step: int, vocab_size: int, silent: bool = False) -> Batch:
+    """The batch of `step`: tokens that can be learned (a noisy arithmetic progression), a random subset of labels counted.
+
+    `silent`: none is.
+    """
     generator = torch.Generator().manual_seed(1_000_003 * (step + 1))
     start = torch.randint(0, vocab_size, (GLOBAL_BATCH, 1), generator=generator)
     stride = torch.randint(1, 4, (GLOBAL_BATCH, 1), generator=generator)
@@ -38,7 +41,8 @@ def global_batch(step: int, vocab_size: int) -> Batch:
     labels = text[:, 1:].clone()
     for sample in range(GLOBAL_BATCH):
         order = torch.randperm(SEQ_LENGTH, generator=generator)
-        labels[sample, order[COUNTED[(sample + step) % GLOBAL_BATCH] :]] = IGNORED
+        counted = 0 if silent else COUNTED[(sample + step) % GLOBAL_BATCH]
+        labels[sample, order[counted:]] = IGNORED
     samples = step * GLOBAL_BATCH + torch.arange(GLOBAL_BATCH)
     return Batch(samples, text[:, :-1].contiguous(), labels)
 

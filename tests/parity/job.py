@@ -33,7 +33,8 @@ def train(rank: int, world_size: int, case: Case, mutation: str | None = None, s
         for step in range(steps):
             if step in (0, steps - 1):
                 engine.on_gradients = partial(_keep_gradients, result, groups, step, step == steps - 1)
-            outcome = engine.train_step(step, micro_batches(global_batch(step, plan.vocab_size), plan, groups.place))
+            batch = global_batch(step, plan.vocab_size, step == case.silent_step)
+            outcome = engine.train_step(step, micro_batches(batch, plan, groups.place))
             engine.on_gradients = None
             result.losses.append(outcome.loss)
             result.norms.append(outcome.grad_norm)

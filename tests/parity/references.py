@@ -40,4 +40,5 @@ def _record(case: Case, micro_batch: int | None, steps: int) -> reference.Record
         micro_batch=micro_batch,
     )  # fmt: skip
     whole = reference.Shape.of(config.model, size, plan.padded_vocab_size)
-    return reference.train(whole, recipe, lambda step: global_batch(step, size), [global_batch(EVALUATION_STEP, size)])
+    evaluation = [global_batch(EVALUATION_STEP, size)]
+    return reference.train(whole, recipe, lambda step: global_batch(step, size, step == case.silent_step), evaluation)

@@ -43,7 +43,10 @@ def test_fp32_is_close_to_fp64_and_micro_batches_to_one_batch(style: str, optimi
 def test_clipping_is_active_and_every_gradient_stands_out(case: cases.Case) -> None:
     """The bounds mean something: every step is clipped, and each part's gradient is far larger than what its bound lets pass."""
     record = references.record(case)
-    assert min(record.norms) > 2 * cases.OPTIMIZERS[case.optimizer]["clip_grad_norm"]
+    assert (
+        min(norm for step, norm in enumerate(record.norms) if step != case.silent_step)
+        > 2 * cases.OPTIMIZERS[case.optimizer]["clip_grad_norm"]
+    )
     for gradients in (record.first_gradients, record.last_gradients):
         floor = 0.01 * compare.global_norm(gradients)
         largest = {part: g.abs().max().item() for part, g in gradients.items()}

@@ -1,0 +1,14 @@
+"""The reference runs in pytest's own process; its tensors are so small that a second thread costs more than it does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
