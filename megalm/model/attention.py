@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megalm.model.build import Build
+from megalm.model.build import Build, layer_number
 from megalm.model.norm import Norm
 from megalm.ops.attention import attention
 from megalm.ops.random import ATTENTION_SCORES, DropoutKey
-from megalm.ops.rotary import rotary, rotary_tables
+from megalm.ops.rotary import rotary
 from megalm.parallel.collectives import enter
 from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalm.parallel.random import Place
@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
     def __init__(self, index: int, build: Build):
         super().__init__()
         model, tp = build.config.model, build.tp
-        self.index, self.build, self.tp = index, build, tp
+        self.number, self.build, self.tp = layer_number(index, build), build, tp
         self.heads = model.num_attention_heads // tp.size
         self.groups = max(1, model.num_query_groups // tp.size)
         name, size, hidden = f"layers.{index}.attention", model.head_dim, model.hidden_size
@@ -71,14 +71,14 @@ class SelfAttention(nn.Module):
         self.query_norm = Norm(f"{name}.query_norm", size, build, partial=True) if model.qk_norm else None
         self.key_norm = Norm(f"{name}.key_norm", size, build, partial=True) if model.qk_norm else None
         self.projection = RowParallelLinear(f"{name}.projection", hidden, query, **{**options, "std": build.residual_std})
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self.tables = build.rotary_tables if model.position_embedding == "rotary" else None
 
     def forward(self, x: Tensor, place: Place | None) -> Tensor:
         query, key, value = self._project(x)  # [s/tp or s, b, h] -> [s, b, H/tp or G/tp, d]
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        if self.build.config.model.position_embedding == "rotary":
-            cos, sin = self._rotary_tables(query.shape[0], query.device)
+        if self.tables is not None:
+            cos, sin = (table[:query.shape[0]] for table in self.tables)  # [s, d/2]
             backend = self.build.config.kernels.rotary
             query, key = rotary(query, cos, sin, backend=backend), rotary(key, cos, sin, backend=backend)
         if self.build.config.recompute.mode == "selective" and torch.is_grad_enabled():
@@ -107,12 +107,6 @@ class SelfAttention(nn.Module):
         assert not keyed or place is not None, "dropout without a step context"
         return attention(
             query, key, value, causal=True, dropout=dropout, backend=config.kernels.attention,
-            key=DropoutKey(place.seed, place.step, self.index, ATTENTION_SCORES) if keyed else None,
+            key=DropoutKey(place.seed, place.step, self.number, ATTENTION_SCORES) if keyed else None,
             samples=place.samples if keyed else None,
             heads=(*self.tp.share(config.model.num_attention_heads), config.model.num_attention_heads))
-
-    def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        model = self.build.config.model
-        if self._tables is None or self._tables[0].shape[0] != length or self._tables[0].device != device:
-            self._tables = rotary_tables(length, model.head_dim, model.rotary_theta, model.rotary_scaling, device)
-        return self._tables

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from megalm.config import Config, ConfigError
 from megalm.ops import activation, attention, cross_entropy, norm, rotary  # noqa: F401 - each registers its backends
@@ -33,6 +35,17 @@ class Build:
     def residual_std(self) -> float:
         """That of the two projections that write to the residual stream (Radford et al., GPT-2, 2019, section 2.3)."""
         return self.std / math.sqrt(2 * self.config.model.num_layers)
+
+    @cached_property
+    def rotary_tables(self) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [s, d/2] of all positions, which every layer shares."""
+        model = self.config.model
+        return rotary.rotary_tables(model.seq_length, model.head_dim, model.rotary_theta, model.rotary_scaling, self.device)
+
+
+def layer_number(index: int, build: Build) -> int | Tensor:
+    """A layer's number as its dropout keys have it: a tensor where layers are compiled, so that they are the same code."""
+    return torch.tensor(index) if build.config.train.compile else index
 
 
 def choose_kernels(config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalm.config import Config
 from megalm.model.attention import SelfAttention
-from megalm.model.build import Build, choose_kernels
+from megalm.model.build import Build, choose_kernels, layer_number
 from megalm.model.description import LayerDescription
 from megalm.model.mlp import MLP
 from megalm.model.norm import Norm
@@ -58,19 +58,24 @@ class TransformerLayer(nn.Module):
     def __init__(self, index: int, build: Build):
         super().__init__()
         model = build.config.model
-        self.index, self.build = index, build
+        self.build, self.compiled = build, build.config.train.compile
+        self.number = layer_number(index, build)
         partial = build.tp.shards_sequence
         self.attention_norm = Norm(f"layers.{index}.attention.norm", model.hidden_size, build, partial=partial)
         self.attention = SelfAttention(index, build)
         self.mlp_norm = Norm(f"layers.{index}.mlp.norm", model.hidden_size, build, partial=partial)
         self.mlp = MLP(index, build)
+        # Layers are alike, so one compilation serves all; recomputation of a whole layer runs the compiled layer again.
+        self.call = torch.compile(self.run) if self.compiled else self.run
 
     def forward(self, hidden: Tensor) -> Tensor:
         # Read once, here: by the time a pipeline recomputes this layer, the engine has moved on to other micro-batches.
         place = self.build.context.place
+        if self.compiled and place is not None:
+            place = place.traceable()
         if self.build.config.recompute.mode == "full" and torch.is_grad_enabled():
-            return checkpoint(self.run, hidden, place, use_reentrant=False, preserve_rng_state=False)
-        return self.run(hidden, place)
+            return checkpoint(self.call, hidden, place, use_reentrant=False, preserve_rng_state=False)
+        return self.call(hidden, place)
 
     def run(self, hidden: Tensor, place: Place | None) -> Tensor:
         attended = self.attention(self.attention_norm(hidden), place)
@@ -81,7 +86,7 @@ class TransformerLayer(nn.Module):
         probability = self.build.config.model.dropout
         if not self.training or probability == 0.0:
             return x
-        return hidden_dropout(x, probability, place, self.index, op, self.build.tp)
+        return hidden_dropout(x, probability, place, self.number, op, self.build.tp)
 
 
 class Head(nn.Module):

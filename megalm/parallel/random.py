@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megalm.ops.dropout import dropout
@@ -16,8 +17,12 @@ class Place:
     """Which forward this is: the seed, the step (from 0) and the global index of each sample (int64 [b])."""
 
     seed: int
-    step: int
+    step: int | Tensor
     samples: Tensor
+
+    def traceable(self) -> Place:
+        """The same with the step as a tensor, so that compiled code serves every step."""
+        return Place(self.seed, torch.tensor(self.step), self.samples)
 
 
 class StepContext:
@@ -31,7 +36,7 @@ class StepContext:
         self.place = Place(self.seed, step, samples)
 
 
-def hidden_dropout(x: Tensor, probability: float, place: Place, layer: int, op: int, tp: TensorParallel) -> Tensor:
+def hidden_dropout(x: Tensor, probability: float, place: Place, layer: int | Tensor, op: int, tp: TensorParallel) -> Tensor:
     """Keyed dropout of hidden states [s/tp or s, b, h]: a rank draws the mask of its own positions only."""
     length = x.shape[0]
     start, whole = (tp.rank * length, tp.size * length) if tp.shards_sequence else (0, length)
