@@ -108,7 +108,7 @@ def _loop(run: Run, first: int) -> int:
     for step in range(first, last):
         result = run.engine.train_step(step, run.loader.step(step))
         done = step + 1
-        bad = bad + 1 if result.skipped else 0
+        bad = bad + 1 if result.skipped and not result.rescaled else 0
         run.logger.step(done, result)
         if bad == config.train.max_bad_steps:
             kept = f"the newest checkpoint is that of step {saved}" if saved else "there is no checkpoint yet"

@@ -31,12 +31,16 @@ COUNTERS = ("skipped_steps", "global_steps", "global_samples", "micro_steps")
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step: token-mean loss, gradient norm before clipping, whether it was skipped as non-finite, its rate."""
+    """Of one optimizer step: token-mean loss, gradient norm before clipping, whether it was skipped as non-finite, its rate.
+
+    `rescaled`: it was skipped only because fp16's loss scale was too high, which the next step's lower one mends.
+    """
 
     loss: float
     grad_norm: float
     skipped: bool
     lr: float
+    rescaled: bool = False
 
 
 class Engine:
@@ -76,7 +80,12 @@ class Engine:
         loss = float(self.driver.train(step, batches, self._scale(batches), self._before_step))
         norm = float(self._own_norm if self.plan.wrapper == "none" else self.deepspeed.get_global_grad_norm())
         skipped = not math.isfinite(norm) if self.plan.wrapper == "none" else bool(self.deepspeed.optimizer.overflow)
-        return StepResult(loss, norm, skipped, lr)
+        return StepResult(loss, norm, skipped, lr, skipped and math.isfinite(loss) and self._scale_can_fall())
+
+    def _scale_can_fall(self) -> bool:
+        """True under dynamic loss scaling above its floor."""
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        return self.config.precision.dtype == "fp16" and getattr(scaler, "dynamic", False) and scaler.cur_scale > scaler.min_scale
 
     def _scale(self, batches: Sequence[MicroBatch]) -> Tensor:
         """accumulation x dp / (labels that count in the step), where the loss is; elsewhere nobody reads it."""
