@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -55,6 +56,7 @@ def _one_rank(arguments: argparse.Namespace) -> int:
     ours = os.environ.get(local.LAUNCHER_PID)
     if ours is not None:
         die_with_parent(int(ours))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a lost terminal: the launcher passes it on as SIGTERM
     elif arguments.local_rank is not None or "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
     if arguments.local_rank is not None:

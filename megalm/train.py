@@ -11,14 +11,16 @@ from megalm import checkpoint
 from megalm.checkpoint import CheckpointError
 from megalm.config import Config, ConfigError, load
 from megalm.data import DataError, Loader, build_dataset, cache_folder, load_tokenizer
+from megalm.data.tokenizer import Tokenizer
 from megalm.engine.engine import Engine, build
 from megalm.metrics import Logger
-from megalm.model import layers
-from megalm.parallel.groups import Groups, LaunchError, launched_world, start
+from megalm.model import choose_kernels, layers
+from megalm.parallel.groups import Groups, start
 from megalm.parallel.handshake import shake_hands
 from megalm.parallel.random import StepContext
 from megalm.parallel.stop import StopSignal
-from megalm.plan import PlanError, make_plan
+from megalm.parallel.world import LaunchError, World, connect
+from megalm.plan import Plan, PlanError, make_plan
 
 FAILED, USER_ERROR = 1, 2
 USER_ERRORS = (ConfigError, PlanError, DataError, CheckpointError, LaunchError)
@@ -53,52 +55,108 @@ class Run:
 
 def train(config: Config, stop: StopSignal) -> int:
     """Set everything up, go on from the newest checkpoint if there is one, and run the loop."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    plan = make_plan(config, launched_world(), tokenizer.vocab_size)
-    groups = start(plan)
-    shake_hands(groups, checkpoint.flatten(config.model_dump(mode="json")))
-    folder = Path(config.train.dir)
-    resumed = groups.agreed(lambda: checkpoint.choose(folder, config.checkpoint.resume))
-    if resumed is not None:
-        done = groups.agreed(lambda: checkpoint.read_manifest(resumed)["step"])
-        if done >= config.train.steps:
-            return _already_finished(groups, done, config.train.steps)
-        groups.agreed(lambda: checkpoint.check_resume(resumed, config, plan))
-    loader, valid = _loaders(config, groups, tokenizer.eod)
+    world = connect()
+    shake_hands(world, checkpoint.flatten(config.model_dump(mode="json")))
+    notes: list[str] = []
+    tokenizer, plan, kernels = world.agreed(lambda: _derive(config, world))
+    groups = start(plan, world=world)
+    groups.require_shared(Path(config.train.dir), "train.dir")
+    source = groups.from_first(lambda: _source(config, plan, notes))
+    if source.finished:
+        return _nothing_to_do(groups, config, source.step)
+    loader, valid = groups.agreed(lambda: _loaders(config, groups, tokenizer.eod))
     context = StepContext(config.train.seed)
     engine = build(config, plan, groups, context, layers(config, plan, groups.tp, context, groups.device))
-    first = 0
-    if resumed is not None:
-        first = checkpoint.load(resumed, engine, groups, allow_changes=config.checkpoint.allow_changes).step
-    elif config.checkpoint.init_from is not None:
-        checkpoint.load(checkpoint.find(config.checkpoint.init_from), engine, groups, weights_only=True)
-    logger = Logger(config, plan, rank=groups.rank, first_step=first)
-    for note in (*plan.notes, *(f"data: {share}" for share in loader.dataset.shares)):
-        logger.note(note)
-    return _loop(Run(config, groups, engine, loader, valid, logger, stop, tokenizer.files()), first)
+    if source.path is not None:
+        loaded = checkpoint.load(source.path, engine, groups, weights_only=source.weights_only,
+                                 allow_changes=config.checkpoint.allow_changes)
+        notes += loaded.notes
+    notes += [*plan.notes, *kernels, *(f"data: {share}" for share in loader.dataset.shares)]
+    logger = Logger(config, plan, rank=groups.rank, first_step=source.step)
+    try:
+        for note in notes:
+            logger.note(note)
+        return _loop(Run(config, groups, engine, loader, valid, logger, stop, tokenizer.files()), source.step)
+    finally:
+        loader.close()
+        logger.close()
 
 
-def _already_finished(groups: Groups, done: int, steps: int) -> int:
+def _derive(config: Config, world: World) -> tuple[Tokenizer, Plan, list[str]]:
+    """What follows from the config on this rank's machine: tokenizer, plan, and why each kernel was chosen."""
+    problems = []
+    if config.precision.dtype == "fp16" and world.device.type == "cpu":
+        problems.append('precision.dtype: "fp16" needs a GPU; "bf16" and "fp32" run on a CPU')
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.data.mask_eod and tokenizer.eod is None:
+        problems.append("data.mask_eod: true needs an end-of-document token, which the tokenizer hasn't; tokenizer.eod names it")
+    if problems:
+        raise ConfigError(problems)
+    kernels = [f"{op}: {backend}" for op, backend in choose_kernels(config, world.device).items()]
+    return tokenizer, make_plan(config, world.world_size, tokenizer.vocab_size), kernels
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run's weights come from (None: drawn anew) and the step it goes on from."""
+
+    path: Path | None = None
+    step: int = 0
+    weights_only: bool = False
+    finished: bool = False
+
+
+def _source(config: Config, plan: Plan, notes: list[str]) -> Source:
+    """The run's own newest checkpoint, else checkpoint.init_from's weights, else nothing."""
+    resumed = checkpoint.choose(config.train.dir, config.checkpoint.resume, notes.append)
+    if resumed is None:
+        first = config.checkpoint.init_from
+        return Source() if first is None else Source(checkpoint.find(first, notes.append), weights_only=True)
+    step = checkpoint.read_manifest(resumed)["step"]
+    if step >= _last_step(config):
+        return Source(resumed, step, finished=True)
+    notes += [f"changed: {difference}" for difference in checkpoint.check_resume(resumed, config, plan)]
+    return Source(resumed, step)
+
+
+def _last_step(config: Config) -> int:
+    """The step after which this invocation leaves."""
+    return min(config.train.steps, config.train.stop_at or config.train.steps)
+
+
+def _nothing_to_do(groups: Groups, config: Config, step: int) -> int:
     if groups.rank == 0:
-        print(f"the run is finished: {done} of {steps} steps are done; a larger train.steps goes on", flush=True)
+        asked, key = _last_step(config), "train.steps"
+        if asked < config.train.steps:
+            key = "train.stop_at"
+        print(f"the run is finished: step {step} is done and {key} is {asked}; a larger one goes on", flush=True)
     return 0
 
 
 def _loaders(config: Config, groups: Groups, eod: int | None) -> tuple[Loader, Loader | None]:
     """Training and validation micro-batches of this rank; the sample indices are built once per filesystem."""
     plan, data = groups.plan, config.data
-    seed = config.train.seed if data.seed is None else data.seed
 
-    def loader(sources: Sequence, samples: int) -> Loader:
-        cache = cache_folder(data.cache, [source.path for source in sources], config.train.dir)
-        arguments = (sources, config.model.seq_length, samples, seed, cache)
+    def loader(sources: Sequence, samples: int, global_batch: int) -> Loader:
+        cache = groups.agreed(lambda: cache_folder(data.cache, [source.path for source in sources], config.train.dir))
+        arguments = (sources, config.model.seq_length, samples, data_seed(config), cache)
         groups.once_per_filesystem(lambda: build_dataset(*arguments), cache)
-        return Loader(build_dataset(*arguments), global_batch=plan.global_batch, micro_batch=plan.micro_batch, dp=plan.dp,
+        dataset = groups.agreed(lambda: build_dataset(*arguments))
+        return Loader(dataset, global_batch=global_batch, micro_batch=plan.micro_batch, dp=plan.dp,
                       dp_rank=groups.place.dp, needs_tokens=groups.place.pp in (0, plan.pp - 1), eod=eod,
                       mask_eod=data.mask_eod, vocab_size=plan.vocab_size)
 
-    training = loader(data.train, config.train.steps * plan.global_batch)
-    return training, loader(data.valid, config.train.eval_samples) if data.valid else None
+    training = loader(data.train, config.train.steps * plan.global_batch, plan.global_batch)
+    if not data.valid:
+        return training, None
+    # An evaluation takes as many micro-batches as its samples fill, at most a step's.
+    samples, row = config.train.eval_samples, plan.micro_batch * plan.dp
+    return training, loader(data.valid, samples, min(plan.global_batch, -(-samples // row) * row))
+
+
+def data_seed(config: Config) -> int:
+    """The seed of the order of samples."""
+    return config.train.seed if config.data.seed is None else config.data.seed
 
 
 def _loop(run: Run, first: int) -> int:
@@ -111,23 +169,29 @@ def _loop(run: Run, first: int) -> int:
         bad = bad + 1 if result.skipped and not result.rescaled else 0
         run.logger.step(done, result)
         if bad == config.train.max_bad_steps:
-            kept = f"the newest checkpoint is that of step {saved}" if saved else "there is no checkpoint yet"
-            run.logger.note(f"stopped: {bad} steps in a row with non-finite loss or gradients; {kept}")
-            run.logger.close()
-            return FAILED
+            return _give_up(run, bad, saved)
         if _due(done, config.train.eval_every) or (done == last and config.train.eval_every):
             _evaluate(run, done)
-        leaving = done == last or done == config.train.stop_at or run.stop.agreed(run.groups)
+        leaving = done == _last_step(config) or run.stop.agreed(run.groups)
         if leaving or _due(done, config.checkpoint.every):
-            checkpoint.save(config.train.dir, done, run.engine, run.groups, config, run.groups.plan, run.tokenizer_files)
+            checkpoint.save(config.train.dir, done, run.engine, run.groups, config, run.groups.plan, run.tokenizer_files,
+                            report=run.logger.note)
             saved = done
         if leaving:
             break
     if done < last:
-        run.logger.note(f"stopped after step {done} of {last}: the same command goes on from here")
-    run.logger.close()
-    run.loader.close()
+        run.logger.note(f"stopped after step {done} of {last}: the same command without train.stop_at goes on from here"
+                        if config.train.stop_at else f"stopped after step {done} of {last}: the same command goes on from here")
     return 0
+
+
+def _give_up(run: Run, bad: int, saved: int) -> int:
+    """Every rank says why, since a launcher shows the log of whichever leaves first; none leaves before rank 0 has closed."""
+    kept = f"the newest checkpoint is that of step {saved}" if saved else "there is no checkpoint yet"
+    print(f"megalm: stopped: {bad} steps in a row with non-finite loss or gradients; {kept}", file=sys.stderr, flush=True)
+    run.logger.close()
+    run.groups.barrier()
+    return FAILED
 
 
 def _due(step: int, every: int) -> bool:

@@ -48,7 +48,7 @@ FORBIDDEN_MODULES: dict[str, tuple[str, ...]] = {
     "megalm.tools.plan": ("torch", "numpy"),
 }
 DEEPSPEED_DOOR = "engine"
-ENVIRONMENT_READERS = ("megalm.launch", "megalm.parallel.groups")
+ENVIRONMENT_READERS = ("megalm.launch", "megalm.parallel.world")
 
 
 def module_name(path: Path) -> str:
@@ -267,7 +267,7 @@ def test_global_is_caught():
 ])
 def test_environment_read_is_caught(source):
     assert len(environment_reads("megalm.engine.engine", source)) == 1
-    assert environment_reads("megalm.parallel.groups", source) == []
+    assert environment_reads("megalm.parallel.world", source) == []
     assert environment_reads("megalm.launch.run", source) == []
 
 

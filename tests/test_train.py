@@ -63,6 +63,15 @@ def test_finished_run_says_so_and_changes_nothing(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_text() == before and find(tmp_path / "run") == newest
 
 
+def test_stop_at_holds_when_the_same_command_comes_again(tmp_path):
+    path = training.write_config(tmp_path)
+    for _ in range(2):
+        assert training.start(1, path, "train.stop_at=2") == [(0, "")]
+        assert [record["step"] for record in training.records(tmp_path / "run")] == [1, 2]
+    assert training.start(1, path, "train.stop_at=1") == [(0, "")]
+    assert [record["step"] for record in training.records(tmp_path / "run")] == [1, 2]
+
+
 def test_metrics_beyond_the_resumed_step_are_kept_apart(tmp_path):
     path = training.write_config(tmp_path, checkpoint={"every": 2})
     training.start(1, path)
@@ -97,14 +106,18 @@ def test_bad_steps_in_a_row_stop_the_run(layout, tmp_path):
     assert all(torch.isfinite(value).all() for value in kept.values())
 
 
-def _differing(rank: int, world: int, path: str) -> tuple[int, str]:
-    return training.run_rank(rank, world, path, ["train.seed=5"] if rank == 1 else [])
+def _differing(rank: int, world: int, path: str, overrides: list[str]) -> tuple[int, str]:
+    return training.run_rank(rank, world, path, overrides if rank == 1 else [])
 
 
-def test_ranks_with_different_configs_name_the_difference(tmp_path):
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["train.seed=5"], "config train.seed: 1234 on rank 0, 5 on rank 1"),
+    (["parallel.dp=1", "parallel.pp=2"], "config parallel.pp: 1 on rank 0, 2 on rank 1"),
+], ids=["seed", "layout"])
+def test_ranks_with_different_configs_name_the_difference(overrides, words, tmp_path):
     path = training.write_config(tmp_path, parallel={"dp": 2})
-    for code, said in dist.run(_differing, 2, str(path)):
-        assert code == 2 and "config train.seed: 1234 on rank 0, 5 on rank 1" in said
+    for code, said in dist.run(_differing, 2, str(path), overrides):
+        assert code == 2 and words in said
 
 
 @pytest.mark.parametrize(("world", "overrides", "words"), [
@@ -114,7 +127,10 @@ def test_ranks_with_different_configs_name_the_difference(tmp_path):
     (2, ["parallel.dp=2", "batch.global=9"], "batch.global"),
     (1, ["model.hiden_size=3"], "model.hidden_size"),
     (1, ["kernels.attention=flash_attn"], "flash_attn"),
-], ids=["missing data", "world", "vocabulary", "batch", "unknown key", "kernel"])
+    (1, ["precision.dtype=fp16"], "precision.dtype"),
+    (1, ["optimizer.impl=apex"], "optimizer.impl"),
+    (1, ["checkpoint.init_from=/nowhere"], "/nowhere"),
+], ids=["missing data", "world", "vocabulary", "batch", "unknown key", "kernel", "fp16", "apex", "init_from"])
 def test_a_users_mistake_is_a_line_and_exit_2(world, overrides, words, tmp_path):
     path = training.write_config(tmp_path)
     for code, said in training.start(world, path, *overrides):
@@ -124,8 +140,8 @@ def test_a_users_mistake_is_a_line_and_exit_2(world, overrides, words, tmp_path)
 def test_changed_seed_is_refused_unless_allowed(tmp_path):
     path = training.write_config(tmp_path)
     training.start(1, path, "train.stop_at=2")
-    code, said = training.start(1, path, "train.seed=99", "optimizer.lr=0.1")[0]
-    assert code == 2 and "train.seed" in said and "optimizer.lr" in said
+    code, said = training.start(1, path, "train.seed=99", "optimizer.lr=0.1", "batch.global=4")[0]
+    assert code == 2 and all(key in said for key in ("train.seed", "optimizer.lr", "batch.global"))
     assert training.start(1, path, "train.seed=99", "checkpoint.allow_changes=true")[0][0] == 0
     code, said = training.start(1, path, "checkpoint.resume=never")[0]
     assert code == 2 and "checkpoint.resume" in said

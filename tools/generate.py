@@ -27,7 +27,9 @@ from megalm.parallel.sharding import part_slices
 from megalm.plan import Plan, make_plan
 from megalm.tools._command import Parser, run
 
-ONE_DEVICE = ("parallel={}", "batch.micro=1", "batch.global=1", "recompute.mode=none", "kernels={}", "deepspeed={}")
+ONE_DEVICE = (
+    "parallel={}", "batch.micro=1", "batch.global=1", "recompute.mode=none", "kernels={}", "deepspeed={}", "train.compile=false",
+)
 """What a layout asked for is of no concern to one process, nor are the kernels that another machine had."""
 
 

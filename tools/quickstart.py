@@ -58,8 +58,9 @@ def unigram_entropy(config: Config) -> float:
     import numpy as np
 
     from megalm.data import build_dataset
+    from megalm.train import data_seed
 
-    dataset = build_dataset(config.data.valid, config.model.seq_length, config.train.eval_samples, config.train.seed, None)
+    dataset = build_dataset(config.data.valid, config.model.seq_length, config.train.eval_samples, data_seed(config), None)
     counts = np.bincount(np.concatenate([dataset.tokens(index)[1:] for index in range(dataset.num_samples)]))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

@@ -10,7 +10,7 @@ from typing import Any
 from megalm.checkpoint.find import Report, newest
 from megalm.checkpoint.format import CHECKPOINTS, CheckpointError, read_json
 
-CHECKED = ("model", "data", "optimizer", "train.seed")
+CHECKED = ("model", "data", "optimizer", "batch.global", "train.seed")
 """Settings that shape the numbers; a resume with others isn't the same run."""
 FREE = ("model.vocab_multiple", "data.cache")
 """Among these, the ones that don't: padding never wins a logit, and a cache can lie anywhere."""

@@ -162,6 +162,10 @@ DERIVED = {
 FIXED = {
     "zero_optimization.round_robin_gradients":
         "megalm keeps it false, because DeepSpeed's map from parameters to partitions is wrong with it",
+    "zero_optimization.compute_grad_norm":
+        "megalm keeps it true, because the norm is logged and tells whether a step must be skipped",
+    "bf16.bf16_master_weights_and_grads":
+        "megalm keeps it false: masters and accumulated gradients are fp32",
     "zero_optimization.parameter_alignment":
         "megalm keeps it false, so that the plan's bytes are the engine's",
 }

@@ -116,9 +116,17 @@ def allocate_state(engine: Any, optimizer: torch.optim.Optimizer) -> None:
 
 def optimizer_step(engine: Any, optimizer: torch.optim.Optimizer) -> int:
     """How many steps the optimizer has applied; it differs from the step count where steps were skipped."""
-    steps = {_step(optimizer.state[tensor]) or 0 for tensor in steppable(engine, optimizer)}
+    if _counts_in_groups(optimizer):
+        steps = {group.get("step", 0) for group in optimizer.param_groups}
+    else:
+        steps = {_step(optimizer.state[tensor]) or 0 for tensor in steppable(engine, optimizer)}
     assert len(steps) <= 1, f"tensors at different optimizer steps: {sorted(steps)}"
     return steps.pop() if steps else 0
+
+
+def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+    """NVIDIA apex's optimizers keep one step for a parameter group, torch's one for each tensor."""
+    return type(optimizer).__module__.startswith("apex.")
 
 
 @torch.no_grad()
@@ -127,6 +135,9 @@ def refresh(engine: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
     for tensor in steppable(engine, optimizer):
         if "step" in optimizer.state[tensor]:
             optimizer.state[tensor]["step"].fill_(step)
+    if _counts_in_groups(optimizer):
+        for group in optimizer.param_groups:
+            group["step"] = step
     wrapper = engine.optimizer
     if type(wrapper).__name__ == "DeepSpeedZeroOptimizer_Stage3":
         wrapper.checkpoint_event_prologue()

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from megalm.parallel.groups import Groups
+from megalm.parallel.world import LaunchError
+
+OLDEST_DEEPSPEED = "0.19.8"
 
 
 class Grid:
@@ -67,7 +70,11 @@ def adopt_process_group() -> None:
     import deepspeed.ops
     from deepspeed.utils import groups as deepspeed_groups
     from deepspeed.utils import logger
+    from packaging.version import Version
 
+    if Version(deepspeed.__version__.partition("+")[0]) < Version(OLDEST_DEEPSPEED):
+        raise LaunchError(f"deepspeed {deepspeed.__version__} is installed; at least {OLDEST_DEEPSPEED} is needed: "
+                          "older ones scale the gradients of a pipeline wrongly, which Adam hides")
     logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by the names that torch 2.13 renamed; it is told at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")

@@ -83,16 +83,17 @@ class Logger:
             self._console.line(f"megalm: {text}")
 
     def close(self) -> None:
-        """Finish everything and draw loss.png."""
+        """Finish everything and draw loss.png; a second call does nothing."""
         if not self._writes:
             return
-        self._records.close()
-        for tracker in self._trackers:
-            tracker.close()
-        try:
-            draw_loss(self._folder)
-        except Exception as error:  # a missing font or a full disk is no failure of the training
-            self.note(f"{self._folder / 'loss.png'} could not be drawn: {error}")
+        self._writes = False
+        finish = [("metrics.jsonl", self._records.close), *(("a tracker", tracker.close) for tracker in self._trackers),
+                  ("loss.png", lambda: draw_loss(self._folder))]
+        for name, work in finish:
+            try:
+                work()
+            except Exception as error:  # a missing font or a full disk is no failure of the training
+                self._console.line(f"megalm: {name} could not be finished: {error}")
         self._console.close()
 
     def _write(self, record: dict[str, Any]) -> None:

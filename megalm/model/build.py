@@ -11,9 +11,11 @@ from torch import Tensor
 
 from megalm.config import Config, ConfigError
 from megalm.ops import activation, attention, cross_entropy, norm, rotary  # noqa: F401 - each registers its backends
-from megalm.ops.registry import Features, choose
+from megalm.ops.registry import REGISTRY, Features, choose
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,21 @@ def layer_number(index: int, build: Build) -> int | Tensor:
     return torch.tensor(index) if build.config.train.compile else index
 
 
-def choose_kernels(config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
-    """{operation: why its backend was chosen}, settled before any layer is built.
+def choose_kernels(config: Config, device: torch.device) -> dict[str, str]:
+    """{operation: its backend and why}, settled before any layer is built.
 
     Raises ConfigError, with every one, for named backends that can't serve this model here.
     """
-    reasons, problems = {}, []
+    chosen, problems = {}, []
     for op, name in config.kernels.model_dump().items():
         traits = ("dropout",) if op == "attention" and config.model.attention_dropout > 0 else ()
         try:
-            reasons[op] = choose(op, name, Features(device.type, dtype, traits))[1]
+            run, reason = choose(op, name, Features(device.type, DTYPES[config.precision.dtype], traits))
         except ValueError as error:
             problems.append(str(error))
+            continue
+        backend = next(backend.name for backend in REGISTRY.backends[op].values() if backend.run is run)
+        chosen[op] = f"{backend}, {reason}"
     if problems:
         raise ConfigError(problems)
-    return reasons
+    return chosen

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalm.config import Config
 from megalm.model.attention import SelfAttention
-from megalm.model.build import Build, choose_kernels, layer_number
+from megalm.model.build import DTYPES, Build, layer_number
 from megalm.model.description import LayerDescription
 from megalm.model.mlp import MLP
 from megalm.model.norm import Norm
@@ -24,7 +24,6 @@ from megalm.parallel.random import Place, StepContext, hidden_dropout
 from megalm.parallel.sharding import Kind, Part, declare, initialise, use
 from megalm.plan import Plan
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORD = "embedding.word"
 
 
@@ -107,7 +106,6 @@ def layers(config: Config, plan: Plan, tp: TensorParallel, context: StepContext,
            device: torch.device | None = None) -> list[LayerDescription]:
     """The descriptions of `plan.layers`, in order; parameters are made on `device` in the config's precision."""
     build = Build(config, tp, context, DTYPES[config.precision.dtype], device or torch.device("cpu"))
-    choose_kernels(config, build.dtype, build.device)
     vocab, hidden = plan.padded_vocab_size, config.model.hidden_size
 
     def filled(make):

@@ -3,6 +3,7 @@
 With m = max(logits), S = sum(exp(logits - m)) over the whole vocabulary, a token's loss is log(S) + m - logits[target] and its
 gradient softmax(logits) - onehot(target), times the token's weight. What is summed over ranks is the caller's.
 Targets outside this rank's columns (ignored ones are -100) contribute nothing here; columns from valid_vocab on are padding.
+A rank that holds the whole vocabulary needs no reduction between the two: `chunk_loss` does both in one pass.
 Memory: one chunk of logits; temporaries stay in the cache.
 """
 
@@ -24,7 +25,7 @@ def chunk_statistics(logits: Tensor, targets: Tensor, vocab_start: int, valid_vo
     logits: [n, V/tp], columns vocab_start .. of the vocabulary. targets: int64 [n], places in the whole vocabulary.
     The target logit is 0 where another rank holds it or it is ignored. A rank of padding alone gives (-inf, 0, 0).
     """
-    statistics, _ = choose("cross_entropy", backend, Features(logits.device.type, logits.dtype))[0]
+    statistics, _, _ = choose("cross_entropy", backend, Features(logits.device.type, logits.dtype))[0]
     return statistics(logits, targets, vocab_start, valid_vocab)
 
 
@@ -35,8 +36,17 @@ def chunk_gradient(logits: Tensor, targets: Tensor, vocab_start: int, valid_voca
     logsumexp: [n], over the whole vocabulary; in float64 it keeps what fp32 loses of a maximum plus a logarithm.
     weight: [n], a token's factor in the loss, 0 for an ignored one.
     """
-    _, gradient = choose("cross_entropy", backend, Features(logits.device.type, logits.dtype))[0]
+    _, gradient, _ = choose("cross_entropy", backend, Features(logits.device.type, logits.dtype))[0]
     return gradient(logits, targets, vocab_start, valid_vocab, logsumexp, weight)
+
+
+def chunk_loss(logits: Tensor, targets: Tensor, valid_vocab: int, weight: Tensor, *, backend: str = "auto") -> Tensor:
+    """weight * loss of each row, float64 [n], where the logits [n, V] are those of the whole vocabulary.
+
+    The gradient, weight * (softmax - onehot(target)), is written over the logits.
+    """
+    _, _, loss = choose("cross_entropy", backend, Features(logits.device.type, logits.dtype))[0]
+    return loss(logits, targets, valid_vocab, weight)
 
 
 def _columns(logits: Tensor, vocab_start: int, valid_vocab: int) -> int:
@@ -73,6 +83,13 @@ def _reference_gradient(logits: Tensor, targets: Tensor, vocab_start: int, valid
     if columns:
         probabilities.scatter_add_(1, column, -here.to(probabilities.dtype))
     return (probabilities * weight.to(dtype).unsqueeze(1)).to(logits.dtype)
+
+
+def _reference_loss(logits: Tensor, targets: Tensor, valid_vocab: int, weight: Tensor) -> Tensor:
+    maximum, exponentials, target_logit = _reference_statistics(logits, targets, 0, valid_vocab)
+    logsumexp = maximum.double() + exponentials.double().log()
+    logits.copy_(_reference_gradient(logits, targets, 0, valid_vocab, logsumexp, weight))
+    return weight * (logsumexp - target_logit)
 
 
 def _pieces(logits: Tensor) -> Iterator[slice]:
@@ -117,4 +134,22 @@ def _torch_gradient(logits: Tensor, targets: Tensor, vocab_start: int, valid_voc
     return logits
 
 
-register("cross_entropy", torch=(_torch_statistics, _torch_gradient), reference=(_reference_statistics, _reference_gradient))
+def _torch_loss(logits: Tensor, targets: Tensor, valid_vocab: int, weight: Tensor) -> Tensor:
+    columns, dtype = _columns(logits, 0, valid_vocab), wide_dtype(logits.dtype)
+    here, column = _local_targets(targets, 0, columns)
+    logits[:, columns:] = 0.0
+    valid, factor = logits[:, :columns], weight.to(dtype).unsqueeze(1)         # [n, V], [n, 1]
+    hit = torch.where(here, -factor, 0.0)
+    target_logit = torch.where(here, valid.gather(1, column), 0.0).squeeze(1)
+    maximum = valid.amax(dim=1)
+    largest = torch.empty(maximum.shape, dtype=dtype, device=logits.device)
+    for piece in _pieces(valid):
+        probabilities = torch.softmax(valid[piece].to(dtype), dim=1)
+        # The largest is exp(0) / sum of exponentials, which is all that the loss needs: no exponential is taken twice.
+        torch.amax(probabilities, dim=1, out=largest[piece])
+        valid[piece] = probabilities.mul_(factor[piece]).scatter_add_(1, column[piece], hit[piece])
+    return weight * (maximum.double() - largest.double().log() - target_logit)
+
+
+register("cross_entropy", torch=(_torch_statistics, _torch_gradient, _torch_loss),
+         reference=(_reference_statistics, _reference_gradient, _reference_loss))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megalm.config import ConfigError
 from megalm.optim.param_groups import param_groups
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -23,20 +24,20 @@ def build_optimizer(optimizer: Any, named_parameters: Iterable[tuple[str, nn.Par
     """The optimizer of the config's section over the trainable parameters, in decay groups.
 
     `optimizer.impl`: "auto" is torch's, fused where the device has it; "apex" NVIDIA Apex's; any other name is looked up in
-    `makers`, through which the engine offers DeepSpeed's. Raises ValueError when the one named isn't installed or built.
+    `makers`, through which the engine offers DeepSpeed's. Raises ConfigError when the one named isn't installed or built.
     """
     groups = param_groups(named_parameters, optimizer.weight_decay)
     if not any(group["params"] for group in groups):
         raise ValueError("the model has no trainable parameter")
     known: dict[str, Maker] = {"auto": _torch, "torch": _torch, "apex": _apex, **(makers or {})}
     if optimizer.impl not in known:
-        raise ValueError(f"optimizer.impl {optimizer.impl!r} isn't offered here; available: {', '.join(known)}")
+        raise ConfigError([f"optimizer.impl {optimizer.impl!r} isn't offered here; available: {', '.join(known)}"])
     try:
         return known[optimizer.impl](groups, optimizer)
     except (ImportError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         asked = f"optimizer.impl {optimizer.impl!r} can't make {optimizer.name!r}"
-        raise ValueError(f'{asked}: {reason}; "auto" uses torch\'s own') from error
+        raise ConfigError([f'{asked}: {reason}; "auto" uses torch\'s own']) from error
 
 
 def _torch(groups: list[dict[str, Any]], optimizer: Any) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.ops.cross_entropy import chunk_gradient, chunk_statistics
+from megalm.ops.cross_entropy import chunk_gradient, chunk_loss, chunk_statistics
 from megalm.parallel.collectives import all_gather_first, all_reduce, reduce_scatter_first
 from megalm.parallel.groups import TensorParallel
 
@@ -70,19 +70,25 @@ def _run(hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int, tp: TensorP
     for first in chunks:
         x, target = rows[first:first + step], targets[first:first + step]
         logits = x.matmul(weight.t())  # [n, h] -> [n, V/tp]
-        logsumexp, target_logit = _reduced_statistics(logits, target, start, vocab, tp, backend)
-        counted = target >= 0
-        loss += torch.where(counted, logsumexp - target_logit, 0.0).sum(dtype=torch.float64)
-        if not with_gradient:
-            continue
-        grad_logits = chunk_gradient(logits, target, start, vocab, logsumexp, counted.to(logsumexp.dtype),
-                                     backend=backend)
-        torch.matmul(grad_logits, weight, out=grad_rows[first:first + step])
-        grad_weight = _accumulate(grad_weight, grad_logits, x, len(chunks))
+        loss += _loss_of_chunk(logits, target, start, vocab, tp, backend)
+        if with_gradient:
+            grad_logits = logits
+            torch.matmul(grad_logits, weight, out=grad_rows[first:first + step])
+            grad_weight = _accumulate(grad_weight, grad_logits, x, len(chunks))
     if with_gradient:
         grad_weight = grad_weight.to(weight.dtype)
         grad_rows = grad_rows.view(hidden.shape)
     return loss.float(), grad_rows, grad_weight
+
+
+def _loss_of_chunk(logits: Tensor, target: Tensor, start: int, vocab: int, tp: TensorParallel, backend: str) -> Tensor:
+    """Loss sum of [n] tokens, float64; their logits [n, V/tp] become their gradient."""
+    weight = (target >= 0).double()
+    if tp.size == 1:
+        return chunk_loss(logits, target, vocab, weight, backend=backend).sum()
+    logsumexp, target_logit = _reduced_statistics(logits, target, start, vocab, tp, backend)
+    logits.copy_(chunk_gradient(logits, target, start, vocab, logsumexp, weight, backend=backend))
+    return (weight * (logsumexp - target_logit)).sum()
 
 
 def _accumulate(total: Tensor | None, grad_logits: Tensor, x: Tensor, chunks: int) -> Tensor:
@@ -99,10 +105,9 @@ def _reduced_statistics(logits: Tensor, target: Tensor, start: int, vocab: int, 
                         backend: str) -> tuple[Tensor, Tensor]:
     """(log-sum-exp, float64; target logit) of each of [n] tokens, over the whole vocabulary from each rank's share of it."""
     maximum, exponentials, target_logit = chunk_statistics(logits, target, start, vocab, backend=backend)
-    if tp.size > 1:
-        own = maximum.clone()
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp.group)
-        sums = torch.stack((exponentials * torch.exp(own - maximum), target_logit))  # [2, n] {tp}
-        exponentials, target_logit = all_reduce(sums, tp)
+    own = maximum.clone()
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp.group)
+    sums = torch.stack((exponentials * torch.exp(own - maximum), target_logit))  # [2, n] {tp}
+    exponentials, target_logit = all_reduce(sums, tp)
     # In fp32 this sum alone would double the loss's error.
     return maximum.double() + exponentials.double().log(), target_logit

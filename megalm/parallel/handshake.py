@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import megalm
-from megalm.parallel.groups import Groups, LaunchError
+from megalm.parallel.world import LaunchError, World
 
 LIBRARIES = ("torch", "deepspeed", "numpy", "pydantic", "safetensors")
 
@@ -30,9 +30,9 @@ def facts(settings: Mapping[str, object]) -> dict[str, str]:
         "version of python": platform.python_version(), "code of megalm": code_hash()}
 
 
-def shake_hands(groups: Groups, settings: Mapping[str, object]) -> None:
+def shake_hands(world: World, settings: Mapping[str, object]) -> None:
     """Raise LaunchError on every rank, naming each difference and who has which value, unless all ranks agree."""
-    everyone = groups.gather(facts(settings))
+    everyone = world.gather(facts(settings))
     problems = []
     for fact in sorted({name for one in everyone for name in one}):
         holders: dict[str, list[int]] = {}

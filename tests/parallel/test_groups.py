@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megalm.parallel.groups import LaunchError, TensorParallel, start
+from megalm.parallel.groups import TensorParallel, start
 from megalm.parallel.handshake import shake_hands
 from megalm.parallel.stop import StopSignal
+from megalm.parallel.world import LaunchError
 from megalm.plan.topology import Topology
 from tests import dist as ranks
 
@@ -30,11 +31,12 @@ def run_grid(rank: int, world: int, folder) -> dict:
     own = torch.distributed.get_process_group_ranks(groups.tp.group)
     work = []
     groups.once_per_filesystem(lambda: work.append(rank), folder)
-    with pytest.raises(LaunchError, match="rank 0: no space"):
+    with pytest.raises(LaunchError, match="no space"):
         groups.once_per_filesystem(lambda: (_ for _ in ()).throw(OSError("no space")), folder)
     return {"tp": own, "dp_sum": groups.sum_over_dp(value).item(), "any": groups.any(rank == 5), "none": groups.any(False),
             "problems": groups.agree(f"disk of {rank}" if rank in (1, 6) else None), "did": work,
-            "agreed": groups.agreed(lambda: f"by {rank}"), "left": list(folder.iterdir())}
+            "agreed": groups.agreed(lambda: f"by {rank}"),
+            "first": groups.from_first(lambda: f"by {rank}"), "left": list(folder.iterdir())}
 
 
 def test_grid_and_agreement(tmp_path):
@@ -45,8 +47,24 @@ def test_grid_and_agreement(tmp_path):
     assert all(one["any"] and not one["none"] for one in found)
     assert all(one["problems"] == [(1, "disk of 1"), (6, "disk of 6")] for one in found)
     assert [one["did"] for one in found] == [[0]] + [[]] * 7
-    assert {one["agreed"] for one in found} == {"by 0"}
+    assert [one["agreed"] for one in found] == [f"by {rank}" for rank in range(8)]
+    assert {one["first"] for one in found} == {"by 0"}
     assert list((tmp_path / "shared").iterdir()) == []
+
+
+def run_unshared(rank: int, world: int, folder) -> str:
+    groups = start(_plan(2, 1, 1))
+    groups.require_shared(folder, "train.dir")
+    try:
+        groups.require_shared(folder / str(rank), "train.dir")
+    except LaunchError as error:
+        return str(error)
+    return "shared"
+
+
+def test_a_folder_that_is_not_shared_is_named(tmp_path):
+    for said in ranks.run(run_unshared, 2, tmp_path):
+        assert "train.dir" in said and "must be on a file system that all ranks share" in said
 
 
 def run_bad_agreement(rank: int, world: int) -> str:
