@@ -39,13 +39,14 @@ def changed(path: str, value) -> dict:
     ("data.valid", [{"path": "v"}], "data.valid[0].path: stored nothing, now 'v'"),
     ("data.seed", 5, "data.seed: stored None, now 5"),
     ("train.seed", 2, "train.seed: stored 1, now 2"),
+    ("batch.global", 16, "batch.global: stored 8, now 16"),
 ])
 def test_what_shapes_the_numbers_is_compared(path, value, line):
     assert line in [str(difference) for difference in differences(CONFIG, changed(path, value))]
 
 
 @pytest.mark.parametrize("path, value", [
-    ("model.vocab_multiple", 64), ("data.cache", "/elsewhere"), ("parallel.tp", 4), ("train.steps", 20), ("batch.global", 16),
+    ("model.vocab_multiple", 64), ("data.cache", "/elsewhere"), ("parallel.tp", 4), ("train.steps", 20), ("batch.micro", 16),
     ("schedule.decay", "wsd")])
 def test_what_doesn_t_is_free(path, value):
     assert differences(CONFIG, changed(path, value)) == []
