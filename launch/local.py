@@ -31,6 +31,7 @@ def start(config_path: str, overrides: Sequence[str], job: str = rank.TRAIN) -> 
     gpus = visible_gpus()
     try:
         config = load(config_path, overrides)
+        output.prepare(config.train.dir)
         plan = make_plan(config, world_size(config, gpus), load_tokenizer(config.tokenizer).vocab_size)
     except (ConfigError, PlanError, DataError) as error:
         print(error, file=sys.stderr)

@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from megalm.config import ConfigError
 
 
 def log_path(run_folder: str | Path, rank: int) -> Path:
     """train.dir/logs/rank_00003.log"""
     return Path(run_folder) / "logs" / f"rank_{rank:05d}.log"
+
+
+def prepare(run_folder: str | Path) -> None:
+    """Make the folder of the logs. Raises ConfigError where it can't be written."""
+    folder = log_path(run_folder, 0).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError([f"train.dir: {run_folder} can't be written: {error.strerror}"]) from error
 
 
 def redirect(log: Path, console: bool) -> None:
@@ -22,7 +36,6 @@ def redirect(log: Path, console: bool) -> None:
     two attributes for progress displays: `terminal`, a stream straight to the terminal that the console is (None if it is
     none), and `log`, a stream to the log file alone.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)

@@ -36,6 +36,7 @@ def run(job: str, config_path: str, overrides: Sequence[str], run_folder: str | 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
+        output.prepare(run_folder)
         output.redirect(output.log_path(run_folder, rank), console=rank == 0)
         return int(resolve(job)(config_path, list(overrides)))
     except (ConfigError, PlanError, DataError) as error:

@@ -113,10 +113,9 @@ def _source(config: Config, plan: Plan, notes: list[str]) -> Source:
         first = config.checkpoint.init_from
         return Source() if first is None else Source(checkpoint.find(first, notes.append), weights_only=True)
     step = checkpoint.read_manifest(resumed)["step"]
-    if step >= _last_step(config):
-        return Source(resumed, step, finished=True)
-    notes += [f"changed: {difference}" for difference in checkpoint.check_resume(resumed, config, plan)]
-    return Source(resumed, step)
+    changes = checkpoint.check_resume(resumed, config, plan)
+    notes += [f"going on from step {step}, {resumed}", *(f"changed: {difference}" for difference in changes)]
+    return Source(resumed, step, finished=step >= _last_step(config))
 
 
 def _last_step(config: Config) -> int:

@@ -63,6 +63,13 @@ def test_finished_run_says_so_and_changes_nothing(tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_text() == before and find(tmp_path / "run") == newest
 
 
+def test_a_finished_run_with_other_settings_is_no_finished_run(tmp_path):
+    path = training.write_config(tmp_path, train={"dir": str(tmp_path / "run"), "steps": 1})
+    training.start(1, path)
+    code, said = training.start(1, path, "optimizer.lr=0.5")[0]
+    assert code == 2 and "optimizer.lr" in said
+
+
 def test_stop_at_holds_when_the_same_command_comes_again(tmp_path):
     path = training.write_config(tmp_path)
     for _ in range(2):

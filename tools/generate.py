@@ -53,6 +53,8 @@ def _positive(text: str) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    if not _is_text(arguments.prompt):
+        raise ValueError(f"--prompt {arguments.prompt!r} isn't valid UTF-8")
     choose = Sampler(arguments.temperature, arguments.top_p, arguments.seed)
     folder = find(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
     model = load_model(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -63,6 +65,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     ids = continue_ids(model, prompt or [model.tokenizer.eod], arguments.max_new_tokens, choose)
     print(arguments.prompt + continuation(model.tokenizer, prompt, ids))
     return 0
+
+
+def _is_text(prompt: str) -> bool:
+    """False for bytes of the command line that are no text: Python passes them on as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +98,8 @@ def load_model(folder: Path, device: torch.device) -> LoadedModel:
     path = str(folder / TOKENIZER / Path(section.path).name) if section.path else None
     tokenizer = load_tokenizer(TokenizerSource(section.type, path, section.eod))
     plan = make_plan(config, 1, tokenizer.vocab_size)
-    module = SequentialModel(layers(config, plan, TensorParallel(), StepContext(config.train.seed), device), None)
+    module = SequentialModel(layers(config, plan, TensorParallel(), StepContext(config.train.seed), device,
+                                    initial=False), None)
     fill(module, read_weights(folder))
     return LoadedModel(module.eval(), tokenizer, config, plan, device)
 

@@ -29,11 +29,13 @@ def step(title: str, command: Sequence[str], product: Path | None = None, save: 
     if product is not None and product.exists():
         print(f"\n== {title}: {product} is there already", flush=True)
         return
-    print(f"\n== {title}\n$ {shlex.join(command)}", flush=True)
+    program = ["megalm", *command[1:]] if command[0] == "megalm.cli" else ["python", "-m", *command]
+    shown = shlex.join(program)
+    print(f"\n== {title}\n$ {shown}", flush=True)
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE if save else None, text=True)
     if done.returncode:
-        raise ValueError(f"{title} failed with exit code {done.returncode}; the command was: python -m {shlex.join(command)}")
+        raise ValueError(f"{title} failed with exit code {done.returncode}; the command was: {shown}")
     if save is not None:
         print(done.stdout, end="", flush=True)
         save.write_text(done.stdout)

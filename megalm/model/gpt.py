@@ -103,13 +103,16 @@ class Head(nn.Module):
 
 
 def layers(config: Config, plan: Plan, tp: TensorParallel, context: StepContext,
-           device: torch.device | None = None) -> list[LayerDescription]:
-    """The descriptions of `plan.layers`, in order; parameters are made on `device` in the config's precision."""
+           device: torch.device | None = None, initial: bool = True) -> list[LayerDescription]:
+    """The descriptions of `plan.layers`, in order; parameters are made on `device` in the config's precision.
+
+    `initial`: fill them with their initial values; a caller that overwrites all of them at once saves the time.
+    """
     build = Build(config, tp, context, DTYPES[config.precision.dtype], device or torch.device("cpu"))
     vocab, hidden = plan.padded_vocab_size, config.model.hidden_size
 
     def filled(make):
-        return lambda: initialise(make(), config.train.seed)
+        return lambda: initialise(make(), config.train.seed) if initial else make()
 
     embedding = filled(lambda: VocabParallelEmbedding(WORD, vocab, hidden, std=build.std, tp=tp, dtype=build.dtype,
                                                       device=build.device))
