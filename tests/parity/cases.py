@@ -54,9 +54,14 @@ class Case:
         return self.tp * self.pp * self.dp
 
     @property
+    def has_replicas(self) -> bool:
+        """Norms on tp ranks, everything on dp ranks, the tied embedding on the first and the last stage."""
+        return self.tp > 1 or self.dp > 1 or (self.pp > 1 and STYLES[self.style]["tie_embeddings"])
+
+    @property
     def micro_batch(self) -> int:
         """One sample where that is cheap. A tp collective on CPU is all latency, so the wider tp is, the fewer and larger."""
-        return self.micro or {1: 1, 2: 2, 4: 4, 8: 4}[self.tp]
+        return self.micro or {1: 1, 2: 2, 4: 4, 8: 8}[self.tp]
 
     @property
     def name(self) -> str:

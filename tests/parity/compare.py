@@ -82,14 +82,19 @@ def gather(results: Sequence[RankResult]) -> tuple[Record, list[str]]:
     return record, problems
 
 
-def replica_problems(results: Sequence[RankResult]) -> list[str]:
-    """Where ranks that hold the same elements (tp and dp replicas, tied stages) don't hold the same bits."""
+def replica_problems(results: Sequence[RankResult], expected: bool) -> list[str]:
+    """Where ranks that hold the same elements (tp and dp replicas, tied stages) don't hold the same bits.
+
+    `expected`: the layout has such ranks, so that it is wrong to find none.
+    """
     seen: dict[tuple, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, result in enumerate(results):
         for moment, places in result.digests.items():
             for place, digest in places.items():
                 seen[(moment, *place)][digest].append(rank)
-    return [f"replicas of {key} differ: ranks {sorted(digests.values())}" for key, digests in seen.items() if len(digests) > 1]
+    compared = any(sum(map(len, digests.values())) > 1 for digests in seen.values())
+    problems = [] if compared == expected else [f"replicas compared: {compared}, expected: {expected}"]
+    return problems + [f"replicas of {key} differ: ranks {sorted(d.values())}" for key, d in seen.items() if len(d) > 1]
 
 
 # ---- fp32 ------------------------------------------------------------------------------------------------------------

@@ -109,10 +109,28 @@ def clipping(patch: MonkeyPatch, groups: Groups) -> Groups:
     return groups
 
 
+def head_gradient(patch: MonkeyPatch, groups: Groups) -> Groups:
+    """The head's weight leaves the last stage as a leaf: DeepSpeed clears its half-precision gradient as it arrives."""
+    from megalm.engine.pipeline import StageModule
+
+    patch.delattr(StageModule, "forward")
+    return groups
+
+
 Mutation = Callable[[MonkeyPatch, Groups], Groups]
 MUTATIONS: dict[str, Mutation] = {
     mutation.__name__: mutation
-    for mutation in (partial_gradients, token_mean, token_count, tied_gradients, tp_marks, dropout_capture, clip_norm, clipping)
+    for mutation in (
+        partial_gradients,
+        token_mean,
+        token_count,
+        tied_gradients,
+        tp_marks,
+        dropout_capture,
+        clip_norm,
+        clipping,
+        head_gradient,
+    )
 }
 
 

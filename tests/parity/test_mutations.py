@@ -19,6 +19,7 @@ TP_SP = Case("gpt2", tp=2, sp=True, optimizer="sgd")
 TP_PP_SP = Case("llama", tp=2, pp=2, sp=True, optimizer="sgd")
 SHARED_KEYS = Case("llama", tp=2, optimizer="sgd", model=(("num_query_groups", 1),))
 PLAIN = Case("llama", tp=2, optimizer="sgd", zero_stage=0)
+HALF = Case("llama", pp=2, optimizer="sgd", dtype="bf16")
 RECOMPUTE_FULL = replace(TWO_STAGES, recompute="full", micro=1)
 RECOMPUTE_SELECTIVE = replace(TWO_STAGES, recompute="selective", micro=1)
 
@@ -39,6 +40,7 @@ TAKEN_AWAY = [
     ("clip_norm", PLAIN, ("norms differ between ranks", "parameter of")),
     ("clipping", TWO_STAGES, ("loss at step 1", "parameter of")),
     ("clipping", PLAIN, ("loss at step 1", "parameter of")),
+    ("head_gradient", HALF, ("norms:", "first gradient of head.weight", "parameters:")),
 ]
 
 

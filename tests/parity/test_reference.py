@@ -109,5 +109,7 @@ def test_replicas_are_compared_by_what_they_hold() -> None:
     def result(**digests: str) -> compare.RankResult:
         return compare.RankResult(digests={"weights": {(name, None): digest for name, digest in digests.items()}})
 
-    assert compare.replica_problems([result(a="x", b="y"), result(a="x"), result(b="y", c="z")]) == []
-    assert len(compare.replica_problems([result(a="x", b="y"), result(a="other", b="y")])) == 1
+    assert compare.replica_problems([result(a="x", b="y"), result(a="x"), result(b="y", c="z")], expected=True) == []
+    assert len(compare.replica_problems([result(a="x", b="y"), result(a="other", b="y")], expected=True)) == 1
+    assert compare.replica_problems([result(a="x"), result(b="y")], expected=False) == []
+    assert len(compare.replica_problems([result(a="x"), result(b="y")], expected=True)) == 1
