@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megalm.data.loader import MicroBatch
 from megalm.engine.loss import TokenLoss
+from megalm.engine.reduction import FrugalReduction
 from megalm.model.description import LayerDescription
 from megalm.parallel.groups import Groups
 from megalm.parallel.random import StepContext
@@ -71,7 +72,7 @@ class StageModule(PipelineModule):
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
 
-class StageEngine(PipelineEngine):
+class StageEngine(FrugalReduction, PipelineEngine):
     """PipelineEngine with our three instructions."""
 
     def attach(self, groups: Groups, context: StepContext) -> None:

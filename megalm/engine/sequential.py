@@ -53,14 +53,15 @@ class Sequential:
     def __init__(self, model: SequentialModel, optimizer: torch.optim.Optimizer, config: dict, groups: Groups,
                  context: StepContext):
         from deepspeed.runtime.config import DeepSpeedConfig
-        from deepspeed.runtime.engine import DeepSpeedEngine
         from deepspeed.runtime.zero import register_external_parameter
+
+        from megalm.engine.reduction import FrugalReduction
 
         grid = Grid(groups)
         if config["zero_optimization"]["stage"] == 3:
             # The loss reads the head's weight after the head has returned it, outside the head's own forward.
             register_external_parameter(model, model.head_weight())
-        self.deepspeed = DeepSpeedEngine(args=None, model=model, optimizer=optimizer, mpu=grid, config=config,
+        self.deepspeed = FrugalReduction(args=None, model=model, optimizer=optimizer, mpu=grid, config=config,
                                          config_class=DeepSpeedConfig(config, grid), dont_change_device=True)
         self._context, self._groups = context, groups
 

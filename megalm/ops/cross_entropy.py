@@ -141,10 +141,11 @@ def _torch_loss(logits: Tensor, targets: Tensor, valid_vocab: int, weight: Tenso
     valid, factor = logits[:, :columns], weight.to(dtype).unsqueeze(1)         # [n, V], [n, 1]
     hit = torch.where(here, -factor, 0.0)
     target_logit = torch.where(here, valid.gather(1, column), 0.0).squeeze(1)
-    maximum = valid.amax(dim=1)
-    largest = torch.empty(maximum.shape, dtype=dtype, device=logits.device)
+    maximum, largest = torch.empty(2, len(logits), dtype=dtype, device=logits.device)
     for piece in _pieces(valid):
-        probabilities = torch.softmax(valid[piece].to(dtype), dim=1)
+        part = valid[piece].to(dtype)
+        torch.amax(part, dim=1, out=maximum[piece])
+        probabilities = torch.softmax(part, dim=1)
         # The largest is exp(0) / sum of exponentials, which is all that the loss needs: no exponential is taken twice.
         torch.amax(probabilities, dim=1, out=largest[piece])
         valid[piece] = probabilities.mul_(factor[piece]).scatter_add_(1, column[piece], hit[piece])
