@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megalm.parallel.memory import keep_freed_memory
-
 T = TypeVar("T")
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -134,8 +132,6 @@ def connect(device: torch.device | None = None, timeout: timedelta = DEFAULT_TIM
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
     if not dist.is_initialized():
         _initialise(device, timeout)
     control = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
