@@ -21,9 +21,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["megalm", "megalm.*"]), "megalm.launch", "megalm.tools"],
+    packages=[*find_packages(include=["megalm", "megalm.*"]), "megalm.launch", "megalm.tools", "megalm.tools.kernel_cases"],
     package_dir={"megalm.launch": "launch", "megalm.tools": "tools"},
-    package_data={"": ["*.json"], "megalm.launch": ["*.example"]},
+    package_data={"": ["*.json"], "megalm.ops": ["lib/*"], "megalm.launch": ["*.example"]},
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.8",  # older ones scale a pipeline's gradients wrongly under accumulation

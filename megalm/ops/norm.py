@@ -3,10 +3,13 @@
     layer_norm   y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
     rms_norm     y = x / sqrt(mean(x^2) + eps) * weight
 
-Memory: the backward pass keeps x and one fp32 number a row (two for layer_norm).
+`add_norm` normalises the sum of x and a residual, which it returns too: one pass over memory where the backend fuses them.
+Memory: the backward pass keeps x (or the sum) and one fp32 number a row (two for layer_norm).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megalm.ops.dtypes import eager_cpu, rows_in_cache, wide, wide_dtype
+from megalm.ops.installed import megalm_kernels, package
+from megalm.ops.kernels import norm as kernels
 from megalm.ops.registry import Features, choose, register
 
 LAYER_NORM = "layer_norm"
@@ -29,12 +34,33 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, kind: st
     Statistics are fp32 for half-precision x. Raises ValueError for an unknown kind, an rms_norm with a bias, or a backend that
     can't serve.
     """
+    return _chosen(x, bias, kind, backend)(x, None, weight, bias, eps, kind)
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, kind: str = LAYER_NORM,
+             backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """(norm(x + residual), x + residual): x and residual [..., h], otherwise as `norm`."""
+    return _chosen(x, bias, kind, backend)(x, residual, weight, bias, eps, kind)
+
+
+def _chosen(x: Tensor, bias: Tensor | None, kind: str, backend: str) -> Callable:
     if kind not in (LAYER_NORM, RMS_NORM):
         raise ValueError(f"norm kind is {kind!r}; it can be {LAYER_NORM} or {RMS_NORM}")
     if bias is not None and kind == RMS_NORM:
         raise ValueError("rms_norm has no bias")
-    run, _ = choose("norm", backend, Features(x.device.type, x.dtype, (kind,)))
-    return run(x, weight, bias, eps, kind)
+    return choose("norm", backend, Features(x.device.type, x.dtype, (kind,)))[0]
+
+
+def _after_sum(run: Callable) -> Callable:
+    """A backend from run(x, weight, bias, eps, kind), which knows nothing of residuals."""
+
+    def with_residual(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, kind: str):
+        if residual is None:
+            return run(x, weight, bias, eps, kind)
+        total = x + residual
+        return run(total, weight, bias, eps, kind), total
+
+    return with_residual
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
@@ -101,4 +127,25 @@ def _pieces(rows: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, rows.shape[0], step)]
 
 
-register("norm", torch=_torch, reference=_reference)
+def _apex(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    from apex.normalization import fused_layer_norm as apex
+
+    if kind == RMS_NORM:
+        return apex.fused_rms_norm_affine(x, weight, weight.shape, eps)
+    bias = torch.zeros_like(weight) if bias is None else bias
+    return apex.fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
+
+
+def _liger(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    if kind == RMS_NORM:
+        return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "gemma", False)  # "gemma": fp32 throughout; never in place
+    return LigerLayerNormFunction.apply(x, weight, torch.zeros_like(weight) if bias is None else bias, eps)
+
+
+register("norm", {"megalm": megalm_kernels, "apex": package("NVIDIA apex", "fused_layer_norm_cuda"),
+                  "liger": package("liger_kernel", "liger_kernel.ops")},
+         megalm=kernels.norm, torch=_after_sum(_torch), apex=_after_sum(_apex), liger=_after_sum(_liger),
+         reference=_after_sum(_reference))

@@ -1,7 +1,8 @@
 """Which implementation of an operation runs: chosen once for each (operation, name, features), then a dictionary look-up.
 
 An operation's file registers its backends; what each can serve and in which order `auto` tries them is data, in
-backends.json. A backend named in the configuration that can't serve is an error; `auto` takes the fastest that can.
+backends.json. What only the machine can tell (a library that is built or installed) is a function given at registration.
+A backend named in the configuration that can't serve is an error; `auto` takes the fastest that can.
 """
 
 from __future__ import annotations
@@ -29,21 +30,26 @@ class Features(NamedTuple):
         return (self.device, str(self.dtype).removeprefix("torch."), *self.traits)
 
 
+Missing = Callable[[Features], str | None]
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation. `cannot` and `avoid` map a trait to the reason why it is not served, or not taken by `auto`.
 
-    `run` is what the operation's file calls: a function, or a tuple of functions where the file has several.
+    `run` is what the operation's file calls: a function, or a tuple of functions where the file has several. `missing` tells
+    what this machine lacks for a call with such features, None if nothing.
     """
 
     name: str
     run: Callable | tuple[Callable, ...]
+    missing: Missing = lambda features: None
     cannot: Mapping[str, str] = field(default_factory=dict)
     avoid: Mapping[str, str] = field(default_factory=dict)
 
     def supports(self, features: Features) -> str | None:
         """None, or the reason why this backend can't serve such a call."""
-        return _first_reason(self.cannot, features)
+        return _first_reason(self.cannot, features) or self.missing(features)
 
 
 def _first_reason(reasons: Mapping[str, str], features: Features) -> str | None:
@@ -62,12 +68,13 @@ class Registry:
         self.backends: dict[str, dict[str, Backend]] = {}
         self.chosen: dict[tuple[str, str, Features], tuple[Any, str]] = {}
 
-    def register(self, op: str, **runs: Callable | tuple[Callable, ...]) -> None:
-        """Add backends of an operation, each by name; their capabilities come from the table."""
-        declared = self.table["backends"].get(op, {})
+    def register(self, op: str, needs: Mapping[str, Missing] | None = None, **runs: Callable | tuple[Callable, ...]) -> None:
+        """Add backends of an operation, each by name; their capabilities come from the table, `needs` tells what is missing."""
+        declared, needs = self.table["backends"].get(op, {}), needs or {}
         for name, run in runs.items():
             capability = declared.get(name, {})
-            backend = Backend(name, run, capability.get("cannot", {}), capability.get("avoid", {}))
+            missing = needs.get(name, lambda features: None)
+            backend = Backend(name, run, missing, capability.get("cannot", {}), capability.get("avoid", {}))
             self.backends.setdefault(op, {})[name] = backend
 
     def choose(self, op: str, name: str, features: Features) -> tuple[Any, str]:

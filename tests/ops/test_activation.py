@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from megalm.ops import activation as module
 from megalm.ops.activation import gelu, swiglu
-from tests.ops.accuracy import DTYPES, assert_within_twice, randn
+from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
+from tests.ops.dtypes import DTYPES
 
 BACKENDS = ["reference", "torch"]
 WIDTHS = [(3, 2, 64), (1, 1), (5, 33), (0, 4)]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from megalm.ops.attention import attention
 from megalm.ops.random import ATTENTION_SCORES, DropoutKey, keep_mask
-from tests.ops.accuracy import DTYPES, assert_within_twice, randn
+from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
+from tests.ops.dtypes import DTYPES
 
 BACKENDS = ["reference", "torch"]
 KEY = DropoutKey(1, 2, 3, ATTENTION_SCORES)

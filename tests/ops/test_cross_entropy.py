@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from megalm.ops import cross_entropy as module
 from megalm.ops.cross_entropy import chunk_gradient, chunk_statistics
-from tests.ops.accuracy import DTYPES, randn
+from megalm.tools.kernel_cases.accuracy import randn
+from tests.ops.dtypes import DTYPES
 
 BACKENDS = ["reference", "torch"]
 N, VOCAB, PADDED = 23, 37, 48

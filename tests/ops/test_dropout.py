@@ -7,7 +7,8 @@ import torch
 
 from megalm.ops.dropout import dropout
 from megalm.ops.random import EMBEDDING, DropoutKey, keep_mask
-from tests.ops.accuracy import DTYPES, randn
+from megalm.tools.kernel_cases.accuracy import randn
+from tests.ops.dtypes import DTYPES
 
 KEY = DropoutKey(1, 2, 3, EMBEDDING)
 SAMPLES = torch.tensor([4, 9, 2])

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from megalm.ops import norm as module
-from megalm.ops.norm import norm
-from tests.ops.accuracy import DTYPES, assert_within_twice, randn
+from megalm.ops.norm import add_norm, norm
+from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
+from tests.ops.dtypes import DTYPES
 
 KINDS = ["layer_norm", "rms_norm"]
 SHAPES = [(3, 2, 64), (1, 1, 1), (7, 33), (5, 3, 4, 127), (2, 1000), (0, 8)]
@@ -92,6 +93,15 @@ def test_statistics_of_half_precision_rows_are_fp32():
                                    torch.ones_like(x))
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_a_residual(kind, backend):
+    x, *vectors = inputs(kind, (5, 8))
+    residual = randn(5, 8, seed=4)
+    y, total = add_norm(x, residual, *vectors, *[None] * (kind == "rms_norm"), 1e-5, kind=kind, backend=backend)
+    assert torch.equal(total, x + residual) and torch.equal(y, call(kind, backend)(total, *vectors))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_under_torch_compile(kind):
     tensors = [tensor.float().requires_grad_() for tensor in inputs(kind, (4, 32))]
@@ -108,5 +118,5 @@ def test_wrong_arguments_are_refused():
         norm(x, ones, None, 1e-5, kind="batch_norm")
     with pytest.raises(ValueError, match="no bias"):
         norm(x, ones, ones, 1e-5, kind="rms_norm")
-    with pytest.raises(ValueError, match=r"kernels.norm is 'liger'; it can be auto, torch, reference"):
-        norm(x, ones, None, 1e-5, kind="rms_norm", backend="liger")
+    with pytest.raises(ValueError, match=r"kernels.norm is 'fast'; it can be auto, megalm, torch, apex, liger, reference"):
+        norm(x, ones, None, 1e-5, kind="rms_norm", backend="fast")

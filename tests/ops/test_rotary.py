@@ -10,7 +10,8 @@ import torch
 
 from megalm.ops import rotary as module
 from megalm.ops.rotary import rotary, rotary_tables
-from tests.ops.accuracy import DTYPES, assert_within_twice, randn
+from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
+from tests.ops.dtypes import DTYPES
 
 BACKENDS = ["reference", "torch"]
 SHAPES = [(5, 2, 3, 8), (1, 1, 1, 2), (7, 1, 5, 6), (16, 3, 1, 64)]

@@ -1,0 +1,248 @@
+// One block of CUDA threads on one CPU thread: a fiber each, which runs until it waits for others.
+//
+// What a GPU may do in any order is done in a chosen one (shim::order), so that a missing barrier shows. A block in which nobody can
+// go on, lanes that disagree on a collective, and a collective that names a lane that isn't there are errors, as on a GPU they would
+// hang or give garbage. Shared memory is one allocation an array, filled with NaN, so that AddressSanitizer sees its ends.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace shim {
+
+constexpr size_t STACK_BYTES = 96 * 1024;
+constexpr int LANES = 32, SLOT_BYTES = 32;
+enum class Wait { none, block, warp, never };
+
+struct Warp {
+  uint32_t present = 0, arrived = 0, mask = 0;
+  alignas(16) unsigned char slots[2][LANES][SLOT_BYTES];  // two, as a fast lane may publish again before a slow one has read
+};
+
+struct Block;
+struct Fiber {
+  dim3 thread;
+  int lane = 0;
+  Warp *warp = nullptr;
+  Block *block = nullptr;
+  Wait wait = Wait::none;
+  bool done = false;
+  int parity = 0;
+#if defined(__x86_64__)
+  void *stack_pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+};
+
+struct Array { const void *site; std::vector<unsigned char> bytes; };
+
+struct Block {
+  dim3 index, size, grid;
+  int alive = 0, at_barrier = 0, votes = 0, voted = 0;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<Array> arrays;
+  std::vector<unsigned char> dynamic;
+  const void *body = nullptr;
+  void (*run)(const void *) = nullptr;
+  std::string error;
+#if defined(__x86_64__)
+  void *scheduler = nullptr;
+#else
+  ucontext_t scheduler;
+#endif
+};
+
+struct State {
+  Fiber *fiber = nullptr;
+  std::string error;     // of the last launch that failed
+  unsigned order = 0;    // 0: threads and blocks ascending, 1: descending, else a seed of a random order
+  std::unique_ptr<unsigned char[]> stacks;
+  size_t stacks_bytes = 0;
+};
+inline State &state() { static State it; return it; }
+inline Fiber &self() { return *state().fiber; }
+
+#if defined(__x86_64__)
+// Saves the callee's registers and stack at *from and goes on at `to` (System V AMD64 ABI, section 3.2.1).
+__attribute__((naked, noinline)) inline void switch_stack(void **from, void *to) {
+  __asm__ volatile(
+      "push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n mov %rsp, (%rdi)\n mov %rsi, %rsp\n"
+      "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret");
+}
+inline void pause() { Fiber &f = self(); switch_stack(&f.stack_pointer, f.block->scheduler); }
+inline void resume(Fiber &f) { state().fiber = &f; switch_stack(&f.block->scheduler, f.stack_pointer); }
+#else
+inline void pause() { Fiber &f = self(); swapcontext(&f.context, &f.block->scheduler); }
+inline void resume(Fiber &f) { state().fiber = &f; swapcontext(&f.block->scheduler, &f.context); }
+#endif
+
+inline void enter() {
+  Fiber &f = self();
+  f.block->run(f.block->body);
+  f.done = true;
+  pause();
+  std::abort();
+}
+
+inline void prepare(Fiber &f, unsigned char *stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack, STACK_BYTES);  // the last fiber there never returned from its frames
+#endif
+#if defined(__x86_64__)
+  void **top = reinterpret_cast<void **>((reinterpret_cast<uintptr_t>(stack) + STACK_BYTES) & ~uintptr_t(63));
+  *--top = nullptr;  // as if called: the stack is 8 beyond a multiple of 16 on entry
+  *--top = reinterpret_cast<void *>(enter);
+  for (int saved = 0; saved < 6; saved++) *--top = nullptr;
+  f.stack_pointer = top;
+#else
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = stack;
+  f.context.uc_stack.ss_size = STACK_BYTES;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, enter, 0);
+#endif
+}
+
+// The calling fiber's block is given up; the fiber never runs again.
+[[noreturn]] inline void fail(const std::string &why) {
+  Fiber &f = self();
+  if (f.block->error.empty()) f.block->error = why;
+  f.wait = Wait::never;
+  for (;;) pause();
+}
+
+inline int barrier(int vote) {
+  Fiber &f = self();
+  f.block->votes += vote != 0;
+  f.block->at_barrier++;
+  f.wait = Wait::block;
+  while (f.wait != Wait::none) pause();
+  return f.block->voted;
+}
+
+// Publishes `bytes` of `value` and returns all lanes' slots once every lane of the mask has published.
+inline const unsigned char (*exchange(uint32_t mask, const void *value, size_t bytes))[SLOT_BYTES] {
+  Fiber &f = self();
+  Warp &w = *f.warp;
+  if (!(mask >> f.lane & 1)) fail("a warp collective's mask does not name the calling lane");
+  if (mask & ~w.present) fail("a warp collective names a lane that has left or never was");
+  if (w.arrived && w.mask != mask) fail("the lanes of a warp disagree on the mask of a collective");
+  auto &slots = w.slots[f.parity ^= 1];
+  std::memcpy(slots[f.lane], value, bytes);
+  w.mask = mask;
+  w.arrived |= 1u << f.lane;
+  f.wait = Wait::warp;
+  if (w.arrived == mask) {
+    w.arrived = 0;
+    Fiber *first = &f - f.lane;
+    for (int lane = 0; lane < LANES; lane++)
+      if (mask >> lane & 1) first[lane].wait = Wait::none;
+  }
+  while (f.wait != Wait::none) pause();
+  return slots;
+}
+
+// The block's array of a declaration, NaN when the block first comes there.
+inline void *shared_array(const void *site, size_t bytes) {
+  Block &b = *self().block;
+  for (Array &array : b.arrays)
+    if (array.site == site) return array.bytes.data();
+  b.arrays.push_back({site, std::vector<unsigned char>(bytes, 0xff)});
+  return b.arrays.back().bytes.data();
+}
+
+inline std::vector<int64_t> ordered(int64_t count, unsigned order) {
+  std::vector<int64_t> result(count);
+  for (int64_t i = 0; i < count; i++) result[i] = order == 1 ? count - 1 - i : i;
+  if (order > 1) std::shuffle(result.begin(), result.end(), std::mt19937(order));
+  return result;
+}
+
+// Lets everybody who waits at the block's barrier go on if all who are left stand there.
+inline bool release(Block &b) {
+  if (b.alive == 0 || b.at_barrier != b.alive) return false;
+  b.at_barrier = 0;
+  b.voted = b.votes;
+  b.votes = 0;
+  for (Fiber &f : b.fibers)
+    if (f.wait == Wait::block) f.wait = Wait::none;
+  return true;
+}
+
+inline void run_block(Block &b) {
+  const std::vector<int64_t> order = ordered(int64_t(b.fibers.size()), state().order);
+  while (b.alive > 0 && b.error.empty()) {
+    bool moved = false;
+    for (int64_t index : order) {
+      Fiber &f = b.fibers[index];
+      if (f.done || f.wait != Wait::none) continue;
+      moved = true;
+      resume(f);
+      if (!b.error.empty()) return;
+      if (f.done) {
+        b.alive--;
+        f.warp->present &= ~(1u << f.lane);
+      }
+    }
+    if (!release(b) && !moved) b.error = "deadlock: some threads of a block wait where the others never come";
+  }
+}
+
+inline void make_fibers(Block &b) {
+  const int count = int(b.size.x * b.size.y * b.size.z);
+  if (state().stacks_bytes < count * STACK_BYTES) {
+    state().stacks_bytes = count * STACK_BYTES;
+    state().stacks.reset(new unsigned char[state().stacks_bytes]);
+  }
+  b.fibers.resize(count);
+  b.warps.resize((count + LANES - 1) / LANES);
+  b.alive = count;
+  for (int t = 0; t < count; t++) {
+    Fiber &f = b.fibers[t];
+    f.thread = dim3(t % b.size.x, t / b.size.x % b.size.y, t / b.size.x / b.size.y);
+    f.lane = t % LANES;
+    f.warp = &b.warps[t / LANES];
+    f.warp->present |= 1u << f.lane;
+    f.block = &b;
+    prepare(f, state().stacks.get() + t * STACK_BYTES);
+  }
+}
+
+// Runs the body for every thread of every block; returns what is wrong, or an empty string.
+template <class Body> std::string run_grid(dim3 grid, dim3 size, size_t shared_bytes, const Body &body) {
+  const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
+  for (int64_t i : ordered(blocks, state().order)) {
+    Block b;
+    b.index = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    b.size = size;
+    b.grid = grid;
+    b.dynamic.assign(shared_bytes, 0xff);
+    b.body = &body;
+    b.run = [](const void *it) { (*static_cast<const Body *>(it))(); };
+    make_fibers(b);
+    run_block(b);
+    if (!b.error.empty())
+      return b.error + " (block " + std::to_string(b.index.x) + ", " + std::to_string(b.index.y) + ", " + std::to_string(b.index.z) + ")";
+  }
+  return "";
+}
+
+}  // namespace shim

@@ -1,0 +1,218 @@
+"""Build the kernels of csrc/: for GPUs with nvcc, and for a CPU with the shim that the tests use. Needs neither torch nor a GPU.
+
+    python -m megalm.tools.build_kernels                 # into the package, for every target: what `make kernels` runs
+    python -m megalm.tools.build_kernels --targets sm_90a
+    python -m megalm.tools.build_kernels --table         # also rewrites the table of registers and spills in csrc/README.md
+
+setup.py uses the same functions. An object is compiled again only when its source, a header or a flag has changed.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC, LIBRARY_FOLDER, CACHE = ROOT / "csrc", ROOT / "megalm/ops/lib", ROOT / "build/kernels"
+FILE, ABOUT = "libmegalm.so", "libmegalm.json"  # as megalm/ops/library.py looks for them
+
+# Machine code by architecture; the intermediate code of the oldest serves every newer GPU that has none of its own.
+TARGETS = {
+    "sm_80": "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+    "sm_90a": "-gencode=arch=compute_90a,code=sm_90a",
+    "sm_100a": "-gencode=arch=compute_100a,code=sm_100a",
+}
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=default", "-Xptxas=-v", "--expt-relaxed-constexpr"]
+GXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-DMEGALM_SHIM", "-Wall", "-Wno-unknown-pragmas", "-Wno-sign-compare", "-x", "c++"]
+SANITIZE = ["-fsanitize=address", "-g", "-O1"]
+NO_NVCC = "no nvcc on PATH or under /usr/local/cuda"
+
+
+class BuildError(ValueError):
+    """A compiler is missing or failed; the text says which and what it printed."""
+
+
+def sources() -> list[Path]:
+    """The kernels, one .cu per operation and direction."""
+    return sorted(CSRC.glob("*.cu"))
+
+
+def headers() -> list[Path]:
+    return sorted(path for pattern in ("*.h", "*.cuh") for path in CSRC.rglob(pattern))
+
+
+def find_nvcc(cuda_home: str | None = None) -> str | None:
+    """nvcc under `cuda_home`, on PATH, or where CUDA's installer puts it; None without one."""
+    beside = [Path(home) / "bin/nvcc" for home in (cuda_home, "/usr/local/cuda") if home]
+    return next((str(path) for path in beside[:-1] if path.exists()), None) or shutil.which("nvcc") or next(
+        (str(path) for path in beside if path.exists()), None)
+
+
+def build_cuda(folder: Path = LIBRARY_FOLDER, targets: Sequence[str] = tuple(TARGETS), nvcc: str | None = None,
+               report: Callable[[str], None] = print) -> Path:
+    """Compile every kernel for `targets` and link them into `folder`; returns the library. Raises BuildError."""
+    nvcc = nvcc or find_nvcc()
+    if nvcc is None:
+        raise BuildError(f"{NO_NVCC}; the kernels for GPUs need CUDA's compiler, 12.8 or newer")
+    wrong = [target for target in targets if target not in TARGETS]
+    if wrong or not targets:
+        raise BuildError(f"no target {', '.join(wrong) or 'given'}; there are {', '.join(TARGETS)}")
+    start = time.monotonic()
+    compiler = [nvcc, *NVCC_FLAGS, *(TARGETS[target] for target in targets), f"-I{CSRC}"]
+    objects = _compile(compiler, sources(), _version(nvcc), report)
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / FILE
+    _link([nvcc, "-shared", "-cudart", "static", *map(str, objects)], library)
+    resources = [entry for built in objects for entry in _resources(built.with_suffix(".log").read_text())]
+    about = {"targets": list(targets), "nvcc": _version(nvcc), "seconds": round(time.monotonic() - start), "resources": resources}
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    return library
+
+
+def build_shim(folder: Path, sanitize: bool = False, csrc: Path = CSRC,
+               report: Callable[[str], None] = lambda line: None) -> Path:
+    """Compile every kernel for the CPU with csrc/shim and link them into `folder`; returns the library. Raises BuildError.
+
+    sanitize: with AddressSanitizer, whose runtime the loading process must have preloaded. csrc: another tree of the sources.
+    """
+    if shutil.which("g++") is None:
+        raise BuildError("no g++ on PATH")
+    extra = SANITIZE if sanitize else []
+    files = [*sorted(csrc.glob("*.cu")), *sorted((csrc / "shim").glob("*.cpp"))]
+    objects = _compile(["g++", *GXX_FLAGS, *extra, f"-I{csrc}"], files, _version("g++"), report)
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "libmegalm_shim.so"
+    _link(["g++", "-shared", *extra, *map(str, objects)], library)
+    return library
+
+
+def _compile(compiler: Sequence[str], files: Sequence[Path], version: str, report: Callable[[str], None]) -> list[Path]:
+    """Objects of the files, in the cache, a file a core at a time; what a compiler said of each is beside it as .log."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        root = source.parent if source.suffix == ".cu" else source.parents[1]
+        built = CACHE / f"{source.stem}-{_digest([version, *compiler], [source, *_included(source, root)])}.o"
+        if built.exists():
+            return built
+        start, partial = time.monotonic(), built.with_suffix(f".{os.getpid()}.partial")
+        done = subprocess.run([*compiler, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(f"{source.name} does not compile:\n{done.stderr.strip()}")
+        built.with_suffix(".log").write_text(done.stderr)
+        partial.replace(built)
+        report(f"compiled {source.name} in {time.monotonic() - start:.0f} s")
+        return built
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(compile_one, files))
+
+
+def _included(source: Path, root: Path) -> list[Path]:
+    """The headers that a source includes by name, directly or not."""
+    found: dict[Path, None] = {}
+    waiting = [source]
+    while waiting:
+        for name in re.findall(r'#include "([^"]+)"', waiting.pop().read_text()):
+            path = root / name
+            if path.exists() and path not in found:
+                found[path] = None
+                waiting.append(path)
+    return sorted(found)
+
+
+def _digest(words: Iterable[str], files: Iterable[Path]) -> str:
+    digest = hashlib.sha256("\0".join(words).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _link(command: Sequence[str], library: Path) -> None:
+    """Link to a temporary name first, so that a library that is in use or a failure leaves the old one whole."""
+    partial = library.with_suffix(f".{os.getpid()}.partial")
+    done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{library.name} does not link:\n{done.stderr.strip()}")
+    partial.replace(library)
+
+
+def _version(compiler: str) -> str:
+    text = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", text) or re.search(r"(\d+\.\d+\.\d+)", text)
+    return found.group(1) if found else text.strip()
+
+
+_ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL)
+
+
+def _resources(log: str) -> list[dict]:
+    """What ptxas said of each kernel: name, target, registers a thread, bytes spilled a thread."""
+    return [{"kernel": name, "target": target, "registers": int(registers), "spilled": int(spilled)}
+            for name, target, spilled, registers in _ENTRY.findall(log)]
+
+
+def kernel_name(mangled: str) -> str:
+    """norm_forward of _ZN..12norm_forwardI..: the last name before a template's arguments (Itanium C++ ABI, section 5.1)."""
+    rest, name = re.sub(r"^_ZN?", "", mangled), mangled
+    while (length := re.match(r"(\d+)", rest)) is not None:
+        size = int(length.group(1))
+        name, rest = rest[length.end():length.end() + size], rest[length.end() + size:]
+    return name
+
+
+def table(resources: Sequence[dict]) -> str:
+    """Registers and spills by kernel and target, the worst of its instances, as Markdown."""
+    rows = ["| kernel | instances | " + " | ".join(TARGETS) + " |", "|---|--:|" + "--:|" * len(TARGETS)]
+    names = sorted({kernel_name(entry["kernel"]) for entry in resources})
+    for name in names:
+        mine = [entry for entry in resources if kernel_name(entry["kernel"]) == name]
+        cells = []
+        for target in TARGETS:
+            here = [entry for entry in mine if entry["target"] == target]
+            cells.append(f"{max(e['registers'] for e in here)}, {max(e['spilled'] for e in here)}" if here else "")
+        rows.append(f"| {name} | {len({entry['kernel'] for entry in mine})} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+BEGIN, END = "<!-- table: make kernels -->", "<!-- end of table -->"
+
+
+def write_table(resources: Sequence[dict], readme: Path) -> None:
+    """Put the table between its marks in a README."""
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{table(resources)}\n{END}{rest.split(END)[1]}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="build_kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), metavar="SM",
+                        help=f"of {', '.join(TARGETS)}; default: all")
+    parser.add_argument("--out", type=Path, default=LIBRARY_FOLDER, help="the folder of the library; default: the package")
+    parser.add_argument("--table", action="store_true", help="rewrite the table in csrc/README.md")
+    arguments = parser.parse_args(argv)
+    try:
+        library = build_cuda(arguments.out, arguments.targets, report=lambda line: print(line, flush=True))
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    about = json.loads((library.parent / ABOUT).read_text())
+    if arguments.table:
+        write_table(about["resources"], CSRC / "README.md")
+    print(f"{library.name} for {', '.join(about['targets'])} in {about['seconds']} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
