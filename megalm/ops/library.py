@@ -183,7 +183,7 @@ _torch_library = torch.library.Library("megalm", "FRAGMENT")
 
 
 def define(schema: str, run: Callable, fake: Callable) -> Callable:
-    """Register torch.ops.megalm.<name> and return it. `fake` gives empty results of the right shapes and dtypes to torch.compile."""
+    """Register torch.ops.megalm.<name> and return it. `fake` gives torch.compile empty results of the right shapes and dtypes."""
     name = schema.split("(", 1)[0]
     _torch_library.define(schema)
     _torch_library.impl(name, run, "CompositeExplicitAutograd")
