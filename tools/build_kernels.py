@@ -95,6 +95,12 @@ def build_shim(folder: Path, sanitize: bool = False, csrc: Path = CSRC,
     return library
 
 
+def sanitizer() -> list[str]:
+    """What goes before a command that loads a sanitized library: the sanitizer must be there before the program is."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    return ["env", f"LD_PRELOAD={runtime}", "ASAN_OPTIONS=detect_leaks=0"]
+
+
 def _compile(compiler: Sequence[str], files: Sequence[Path], version: str, report: Callable[[str], None]) -> list[Path]:
     """Objects of the files, in the cache, a file a core at a time; what a compiler said of each is beside it as .log."""
     CACHE.mkdir(parents=True, exist_ok=True)

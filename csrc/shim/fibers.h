@@ -1,6 +1,6 @@
 // One block of CUDA threads on one CPU thread: a fiber each, which runs until it waits for others.
 //
-// What a GPU may do in any order is done in a chosen one (shim::order), so that a missing barrier shows. A block in which nobody can
+// What a GPU may do in any order is done in a chosen one (State::order), so that a missing barrier shows. A block in which nobody can
 // go on, lanes that disagree on a collective, and a collective that names a lane that isn't there are errors, as on a GPU they would
 // hang or give garbage. Shared memory is one allocation an array, filled with NaN, so that AddressSanitizer sees its ends.
 #pragma once
@@ -73,7 +73,9 @@ struct Block {
 struct State {
   Fiber *fiber = nullptr;
   std::string error;     // of the last launch that failed
-  unsigned order = 0;    // 0: threads and blocks ascending, 1: descending, else a seed of a random order
+  // 0: threads and blocks ascending, 1: descending, else the seed of a random order. In an even one the threads take turns; in an
+  // odd one a warp runs as far ahead as it can.
+  unsigned order = 0;
   std::unique_ptr<unsigned char[]> stacks;
   size_t stacks_bytes = 0;
 };
@@ -187,20 +189,36 @@ inline bool release(Block &b) {
   return true;
 }
 
+// One turn of each of these threads that can go on; whether any could.
+inline bool take_turns(Block &b, const int64_t *first, const int64_t *last) {
+  bool moved = false;
+  for (const int64_t *index = first; index != last && b.error.empty(); index++) {
+    Fiber &f = b.fibers[*index];
+    if (f.done || f.wait != Wait::none) continue;
+    moved = true;
+    resume(f);
+    if (!f.done) continue;
+    b.alive--;
+    f.warp->present &= ~(1u << f.lane);
+  }
+  return moved;
+}
+
 inline void run_block(Block &b) {
-  const std::vector<int64_t> order = ordered(int64_t(b.fibers.size()), state().order);
+  std::vector<int64_t> order = ordered(int64_t(b.fibers.size()), state().order);
+  const bool ahead = state().order % 2 == 1;
+  const auto warp_rank = ordered(int64_t(b.warps.size()), state().order);
+  if (ahead)
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t c) { return warp_rank[a / LANES] < warp_rank[c / LANES]; });
   while (b.alive > 0 && b.error.empty()) {
     bool moved = false;
-    for (int64_t index : order) {
-      Fiber &f = b.fibers[index];
-      if (f.done || f.wait != Wait::none) continue;
-      moved = true;
-      resume(f);
-      if (!b.error.empty()) return;
-      if (f.done) {
-        b.alive--;
-        f.warp->present &= ~(1u << f.lane);
-      }
+    for (size_t at = 0, next; at < order.size(); at = next) {
+      next = order.size();
+      if (ahead) for (next = at + 1; next < order.size() && order[next] / LANES == order[at] / LANES;) next++;
+      do {
+        if (!take_turns(b, order.data() + at, order.data() + next)) break;
+        moved = true;
+      } while (ahead);
     }
     if (!release(b) && !moved) b.error = "deadlock: some threads of a block wait where the others never come";
   }

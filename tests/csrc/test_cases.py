@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 
-from megalm.tools.build_kernels import build_shim
+from megalm.tools.build_kernels import build_shim, sanitizer
 from megalm.tools.kernel_cases import small
 
 CASES = {case.name: case for case in small()}
@@ -28,8 +27,6 @@ def test_against_float64(shim, name):
 def test_address_sanitizer(tmp_path):
     """One dtype of each case; a process of its own, as the sanitizer must be there before Python is."""
     library = build_shim(tmp_path, sanitize=True)
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
-    done = subprocess.run([sys.executable, "-m", "megalm.tools.kernel_cases", str(library), "--first-dtype"],
-                          env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*sanitizer(), sys.executable, "-m", "megalm.tools.kernel_cases", str(library), "--first-dtype"],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
