@@ -1,13 +1,14 @@
-"""Rotary position embedding (Su et al., "RoFormer", 2021) in the half-split form of Llama and GPT-NeoX.
+"""Rotary position embedding (Su et al., "RoFormer", 2021), of the first r dims of a head.
 
-Pair j of a head is (x[j], x[j + d/2]); at position p it is turned by the angle p * theta^(-2j/d). The backward pass is the
-rotation by the negative angle and keeps nothing but the tables.
+Pair j is (x[j], x[j + r/2]) in the half-split form of Llama and GPT-NeoX, or (x[2j], x[2j + 1]) interleaved, as in GPT-J; at position
+p it is turned by the angle p * theta^(-2j/r). The backward pass is the rotation by the negative angle and keeps nothing but the
+tables. No `liger` backend: its rope wants duplicated tables and contiguous [b, s, heads, d], and overwrites the gradients it is given.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megalm.ops.dtypes import eager_cpu, rows_in_cache, wide, wide_dtype
+from megalm.ops.installed import megalm_kernels
+from megalm.ops.kernels import rotary as kernels
 from megalm.ops.registry import Features, choose, register
 
 _PIECE = 1 << 18
@@ -52,47 +55,99 @@ def _scaled(frequencies: Tensor, scaling: Any) -> Tensor:
     return frequencies * (share + (1 - share) / get("factor"))
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> Tensor:
-    """Turn x [s, b, heads, d] by tables [s, d/2]; half-precision x is turned in fp32. Raises ValueError for other shapes."""
-    expected = (x.shape[0], x.shape[-1] // 2)
-    if cos.shape != expected or sin.shape != expected or x.shape[-1] % 2:
-        raise ValueError(f"rotary tables of shapes {tuple(cos.shape)} and {tuple(sin.shape)} don't fit x of shape "
-                         f"{tuple(x.shape)}: need {expected} and an even last dim")
-    run, _ = choose("rotary", backend, Features(x.device.type, x.dtype))
-    return run(x, cos, sin)
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, offset: int = 0, positions: Tensor | None = None,
+           backend: str = "auto") -> Tensor:
+    """Turn x [s, b, heads, d] by tables [places, r/2], r <= d: the first r dims; half-precision x is turned in fp32.
+
+    interleaved: pairs are neighbours and not a dim of either half. The token at s has position offset + s, or offset +
+    positions[s] or [s, b] (int64; for packed documents). One outside the tables is an error, or gives NaN (`megalm`).
+    Raises ValueError for shapes that don't fit.
+    """
+    _check(tuple(x.shape), cos, sin, offset, positions)
+    turn, _ = choose("rotary", backend, Features(x.device.type, x.dtype))[0]
+    return turn(x, cos, sin, interleaved, offset, positions)
 
 
-def _reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = (table[:, None, None].to(wide_dtype(x.dtype)) for table in (cos, sin))             # [s, 1, 1, d/2]
-    first, second = wide(x).chunk(2, dim=-1)                                                       # [s, b, heads, d/2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+def rotary_qkv(qkv: Tensor, heads: int, groups: int, cos: Tensor, sin: Tensor, *, interleaved: bool = False, offset: int = 0,
+               positions: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Query [s, b, H, d] and key [s, b, G, d], turned as by `rotary`, and value [s, b, G, d] of qkv [s, b, (H + 2G) d].
+
+    qkv is given up: `megalm` turns it in place where it can, and leaves it empty.
+    """
+    every = heads + 2 * groups
+    if qkv.dim() != 3 or qkv.shape[-1] % every or qkv.shape[-1] == 0:
+        raise ValueError(f"rotary_qkv of shape {tuple(qkv.shape)}: need [s, b, {every} d] for {heads} heads and {groups} groups; "
+                         "one that was turned in place is empty")
+    _check((*qkv.shape[:2], heads, qkv.shape[-1] // every), cos, sin, offset, positions)
+    _, turn = choose("rotary", backend, Features(qkv.device.type, qkv.dtype))[0]
+    return turn(qkv, heads, groups, cos, sin, interleaved, offset, positions)
 
 
-def _torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _reference(x, cos, sin) if torch.compiler.is_compiling() else _Rotary.apply(x, cos, sin)
+def _check(shape: tuple[int, ...], cos: Tensor, sin: Tensor, offset: int, positions: Tensor | None) -> None:
+    """Raises ValueError unless tables and positions fit x of this shape."""
+    fits = len(shape) == 4 and cos.dim() == 2 and cos.shape == sin.shape and 2 * cos.shape[1] <= shape[3] and offset >= 0
+    if not fits or positions is None and cos.shape[0] < offset + shape[0]:
+        raise ValueError(f"rotary tables of shapes {tuple(cos.shape)} and {tuple(sin.shape)} don't fit x of shape {shape} at offset "
+                         f"{offset}: need [s, b, heads, d] and [offset + s or more, r/2] with r <= d")
+    if positions is not None and (positions.dtype != torch.int64 or positions.shape not in (shape[:1], shape[:2])):
+        raise ValueError(f"rotary positions are {positions.dtype} {tuple(positions.shape)}; need int64 {shape[:1]} or {shape[:2]}")
+
+
+def _angles(x: Tensor, table: Tensor, offset: int, positions: Tensor | None) -> Tensor:
+    """A table's rows for the tokens of x: [s, r/2], or [s, b, r/2] where a sequence has positions of its own."""
+    if positions is None:
+        return table[offset:offset + x.shape[0]]
+    return table.index_select(0, (positions + offset).flatten()).unflatten(0, positions.shape)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """By rows of the tables, as `_angles` gives them."""
+    cos, sin = (table.unsqueeze(-2).to(wide_dtype(x.dtype)) for table in (cos, sin))              # [s, (b,) 1, r/2]
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)                                              # [s, 1, 1, r/2]
+    part, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    if interleaved:
+        first, second = wide(part).unflatten(-1, (-1, 2)).unbind(-1)                               # [s, b, heads, r/2]
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    else:
+        first, second = wide(part).chunk(2, dim=-1)                                                # [s, b, heads, r/2]
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = turned.to(x.dtype)
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+
+def _reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, offset: int, positions: Tensor | None) -> Tensor:
+    return _rotate(x, *(_angles(x, table, offset, positions) for table in (cos, sin)), interleaved)
+
+
+def _torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, offset: int, positions: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _reference(x, cos, sin, interleaved, offset, positions)
+    return _Rotary.apply(x, *(_angles(x, table, offset, positions) for table in (cos, sin)), interleaved)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, x, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        ctx.interleaved = interleaved
+        return _turn(x, cos, sin, interleaved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _turn(grad, cos, -sin, ctx.interleaved), None, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x * (cos, cos) + swap(x) * (-sin, sin), swap exchanging a head's halves; on CPU in pieces of positions.
 
     Tables as wide as all heads let the products run over rows of heads * d elements instead of d/2, which is twice as fast.
     """
-    if not eager_cpu(x):
-        return _reference(x, cos, sin)
     s, b, heads, d = x.shape
+    if not eager_cpu(x) or interleaved or cos.shape != (s, d // 2) or d % 2:
+        return _rotate(x, cos, sin, interleaved)
     dtype = wide_dtype(x.dtype)
     cos = torch.cat((cos, cos), dim=-1).to(dtype).repeat(1, heads).unsqueeze(1)                    # [s, 1, heads * d]
     sin = torch.cat((-sin, sin), dim=-1).to(dtype).repeat(1, heads).unsqueeze(1)
@@ -111,4 +166,17 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned
 
 
-register("rotary", torch=_torch, reference=_reference)
+def _split(turn: Callable) -> Callable:
+    """rotary_qkv by a backend that turns one tensor."""
+
+    def run(qkv: Tensor, heads: int, groups: int, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+        size = qkv.shape[-1] // (heads + 2 * groups)
+        parts = qkv.split([heads * size, groups * size, groups * size], dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, size)) for part in parts)
+        return turn(query, *arguments), turn(key, *arguments), value
+
+    return run
+
+
+register("rotary", {"megalm": megalm_kernels}, megalm=(kernels.rotary, kernels.rotary_qkv), torch=(_torch, _split(_torch)),
+         reference=(_reference, _split(_reference)))
