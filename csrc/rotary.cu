@@ -1,7 +1,7 @@
 // Rotary position embedding, forward and backward, in one pass over memory. Math: rotary.h.
 //
-// A thread has the same two packs of up to HEADS heads of one token: the two halves of VEC pairs, whose angles it reads once, with
-// the loads of all its heads in flight together. Adjacent threads have adjacent packs, then adjacent heads.
+// A thread has the same two packs in up to HEADS heads of one token: VEC pairs, whose angles it reads once, with the loads of all
+// its heads in flight together. Adjacent threads have adjacent packs, then adjacent heads.
 #include "common/common.cuh"
 #include "rotary.h"
 
@@ -90,7 +90,8 @@ template <typename T, int VEC, bool ADJACENT> __global__ void __launch_bounds__(
   }
   C cos[VEC], sin[VEC];
   if (turns) {
-    const int64_t position = a.offset + (a.positions == nullptr ? int64_t(s) : a.positions[s * a.positions_s + b * a.positions_b]);
+    const int64_t given = a.positions == nullptr ? int64_t(s) : a.positions[s * a.positions_s + b * a.positions_b];
+    const int64_t position = a.offset + given;
     const bool known = position >= 0 && position < a.places;
     const int64_t row = (known ? position : 0) * half;
     if constexpr (ADJACENT) {  // the entries of the first pack's pairs, then of the second's
@@ -149,8 +150,8 @@ template <typename T> Part<T> part(const void *from, int64_t s, int64_t b, int64
 template <typename T> bool vectors(const Part<T> &part) {
   const Place<const T> &from = part.from;
   const Place<T> &to = part.to;
-  return part.heads == 0 || (aligned<T>(from.start, from.s) && aligned<T>(from.start, from.b) && aligned<T>(from.start, from.head) &&
-                             aligned<T>(to.start, to.s) && aligned<T>(to.start, to.b) && aligned<T>(to.start, to.head));
+  return part.heads == 0 || (aligned<T>(from.start, from.s) && aligned<T>(nullptr, from.b) && aligned<T>(nullptr, from.head) &&
+                             aligned<T>(to.start, to.s) && aligned<T>(nullptr, to.b) && aligned<T>(nullptr, to.head));
 }
 
 template <typename T, int VEC, bool ADJACENT> int launch(Arguments<T> a, int rotary_lanes, bool in_place, megalm_stream stream) {
@@ -169,7 +170,8 @@ template <typename T> int run_typed(const megalm_rotary_params &p, megalm_stream
       part<T>(p.query, p.query_s, p.query_b, p.query_h, p.query_out, p.query_out_s, p.query_out_b, p.query_out_h, p.query_heads,
               p.rotary),
       part<T>(p.key, p.key_s, p.key_b, p.key_h, p.key_out, p.key_out_s, p.key_out_b, p.key_out_h, p.key_heads, p.rotary),
-      part<T>(p.value, p.value_s, p.value_b, p.value_h, p.value_out, p.value_out_s, p.value_out_b, p.value_out_h, p.value_heads, 0),
+      part<T>(p.value, p.value_s, p.value_b, p.value_h, p.value_out, p.value_out_s, p.value_out_b, p.value_out_h, p.value_heads,
+              0),
       (const float *)p.cos, (const float *)p.sin, (const int64_t *)p.positions, p.positions_s, p.positions_b, p.offset, p.places,
       0, 0, uint32_t(p.b), 0, int(p.d), p.interleaved != 0, p.inverse != 0};
   a.shares = a.query.shares + a.key.shares + a.value.shares;

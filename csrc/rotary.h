@@ -1,12 +1,12 @@
-/* Rotary position embedding (Su et al., "RoFormer", 2021) of queries and keys, with the values copied beside them where they move.
+/* Rotary position embedding (Su et al., "RoFormer", 2021) of queries and keys; values are copied beside them where they move.
  *
  * Pair j < rotary / 2 of a head is (x[j], x[j + rotary / 2]), or (x[2j], x[2j + 1]) where interleaved; at position p
  *
  *   (first, second) -> (first cos - second sin, second cos + first sin)      cos, sin = tables[p][j]; sin negated where inverse
  *
- * and the dims from `rotary` on stay as they are. The backward pass is the inverse rotation of the gradients. Each of query, key and
- * value is [s, b, heads, d] with the strides <part>_s, <part>_b and <part>_h from where it is read, <part>_out_s ... to where it is
- * written, its last dim contiguous. A destination is its own source (in place) or does not overlap any source.
+ * and the dims from `rotary` on stay as they are. The backward pass is the inverse rotation of the gradients. Each of query, key
+ * and value is [s, b, heads, d], its last dim contiguous, with strides <part>_s, <part>_b and <part>_h where it is read and
+ * <part>_out_s ... where it is written. A destination is its own source (in place) or does not overlap any source.
  */
 #pragma once
 #include "common/api.h"

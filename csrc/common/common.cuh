@@ -32,6 +32,17 @@ template <typename T, typename C> __device__ __forceinline__ T narrow(C value) {
 
 __device__ __forceinline__ float exponential(float x) { return __expf(x); }
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+// 2^x in one instruction, without the five that make results below 2^-126 other than 0.
+#ifdef MEGALM_SHIM
+inline float power_of_two(float x) { return std::exp2(x); }
+inline double power_of_two(double x) { return std::exp2(x); }
+#else
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
 #ifdef MEGALM_SHIM
 inline double exponential(double x) { return std::exp(x); }
 inline double inverse_root(double x) { return 1.0 / std::sqrt(x); }

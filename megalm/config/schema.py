@@ -215,6 +215,8 @@ class Kernels(Section):
     """The backend of each operation: auto takes the fastest one that serves; a named one that can't serve is an error."""
     attention: Backend = "auto"
     """Scores, softmax and context."""
+    softmax: Backend = "auto"
+    """The softmax of scores, where attention is megalm's."""
     norm: Backend = "auto"
     """LayerNorm and RMSNorm."""
     rotary: Backend = "auto"

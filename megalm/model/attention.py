@@ -11,7 +11,7 @@ from megalm.model.build import Build, layer_number
 from megalm.model.norm import Norm
 from megalm.ops.attention import attention
 from megalm.ops.random import ATTENTION_SCORES, DropoutKey
-from megalm.ops.rotary import rotary
+from megalm.ops.rotary import rotary, rotary_qkv
 from megalm.parallel.collectives import enter
 from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalm.parallel.random import Place
@@ -75,12 +75,6 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, place: Place | None) -> Tensor:
         query, key, value = self._project(x)  # [s/tp or s, b, h] -> [s, b, H/tp or G/tp, d]
-        if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.tables is not None:
-            cos, sin = (table[:query.shape[0]] for table in self.tables)  # [s, d/2]
-            backend = self.build.config.kernels.rotary
-            query, key = rotary(query, cos, sin, backend=backend), rotary(key, cos, sin, backend=backend)
         if self.build.config.recompute.mode == "selective" and torch.is_grad_enabled():
             context = checkpoint(self._core, query, key, value, place, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -88,16 +82,23 @@ class SelfAttention(nn.Module):
         return self.projection(context.flatten(2))  # [s, b, h/tp] -> [s/tp or s, b, h]
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size = self.build.config.model.head_dim
+        size, backend = self.build.config.model.head_dim, self.build.config.kernels.rotary
         if self.shared is None:
             qkv = self.qkv(x)  # -> [s, b, (H + 2G) d/tp]
+            if self.tables is not None and self.query_norm is None:
+                return rotary_qkv(qkv, self.heads, self.groups, *self.tables, backend=backend)
             query, key, value = qkv.split([self.heads * size, self.groups * size, self.groups * size], dim=-1)
         else:
             # One f for both: the input gradients of this rank's query and of its key and value are summed before it.
             whole = enter(x, self.tp)
             query = self.qkv(whole, entered=True)
             key, value = self.shared(whole)
-        return tuple(part.unflatten(-1, (-1, size)) for part in (query, key, value))
+        query, key, value = (part.unflatten(-1, (-1, size)) for part in (query, key, value))
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.tables is not None:
+            query, key = (rotary(part, *self.tables, backend=backend) for part in (query, key))
+        return query, key, value
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, place: Place | None) -> Tensor:
         """softmax(q k^T / sqrt d) v: [s, b, H/tp, d] -> [s, b, H/tp, d]."""
@@ -106,7 +107,7 @@ class SelfAttention(nn.Module):
         keyed = dropout > 0.0
         assert not keyed or place is not None, "dropout without a step context"
         return attention(
-            query, key, value, causal=True, dropout=dropout, backend=config.kernels.attention,
+            query, key, value, causal=True, dropout=dropout, backend=config.kernels.attention, softmax=config.kernels.softmax,
             key=DropoutKey(place.seed, place.step, self.number, ATTENTION_SCORES) if keyed else None,
             samples=place.samples if keyed else None,
             heads=(*self.tp.share(config.model.num_attention_heads), config.model.num_attention_heads))

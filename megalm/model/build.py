@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalm.config import Config, ConfigError
-from megalm.ops import activation, attention, cross_entropy, norm, rotary  # noqa: F401 - each registers its backends
+from megalm.ops import activation, attention, cross_entropy, norm, rotary, softmax  # noqa: F401 - each registers its backends
 from megalm.ops.registry import REGISTRY, Features, choose
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext

@@ -1,8 +1,9 @@
 """Rotary position embedding (Su et al., "RoFormer", 2021), of the first r dims of a head.
 
-Pair j is (x[j], x[j + r/2]) in the half-split form of Llama and GPT-NeoX, or (x[2j], x[2j + 1]) interleaved, as in GPT-J; at position
-p it is turned by the angle p * theta^(-2j/r). The backward pass is the rotation by the negative angle and keeps nothing but the
-tables. No `liger` backend: its rope wants duplicated tables and contiguous [b, s, heads, d], and overwrites the gradients it is given.
+Pair j is (x[j], x[j + r/2]) in the half-split form of Llama and GPT-NeoX, or (x[2j], x[2j + 1]) interleaved, as in GPT-J; at
+position p it is turned by the angle p * theta^(-2j/r). The backward pass is the rotation by the negative angle and keeps nothing
+but the tables. No `liger` backend: its rope wants duplicated tables and contiguous [b, s, heads, d], which would be copied, and
+overwrites the gradients that it is given.
 """
 
 from __future__ import annotations
@@ -87,10 +88,11 @@ def _check(shape: tuple[int, ...], cos: Tensor, sin: Tensor, offset: int, positi
     """Raises ValueError unless tables and positions fit x of this shape."""
     fits = len(shape) == 4 and cos.dim() == 2 and cos.shape == sin.shape and 2 * cos.shape[1] <= shape[3] and offset >= 0
     if not fits or positions is None and cos.shape[0] < offset + shape[0]:
-        raise ValueError(f"rotary tables of shapes {tuple(cos.shape)} and {tuple(sin.shape)} don't fit x of shape {shape} at offset "
-                         f"{offset}: need [s, b, heads, d] and [offset + s or more, r/2] with r <= d")
+        raise ValueError(f"rotary tables of shapes {tuple(cos.shape)} and {tuple(sin.shape)} don't fit x of shape {shape} at "
+                         f"offset {offset}: need [s, b, heads, d] and [offset + s or more, r/2] with r <= d")
     if positions is not None and (positions.dtype != torch.int64 or positions.shape not in (shape[:1], shape[:2])):
-        raise ValueError(f"rotary positions are {positions.dtype} {tuple(positions.shape)}; need int64 {shape[:1]} or {shape[:2]}")
+        got = f"{positions.dtype} {tuple(positions.shape)}"
+        raise ValueError(f"rotary positions are {got}; need int64 {shape[:1]} or {shape[:2]}")
 
 
 def _angles(x: Tensor, table: Tensor, offset: int, positions: Tensor | None) -> Tensor:

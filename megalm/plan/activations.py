@@ -37,7 +37,8 @@ def layer_activations(config: Config, plan: Plan, recompute: str) -> int:
     # Inputs and outputs of both norms; with fewer groups than ranks, query, key and value share one gathered input.
     total = 3 * stream + (stream if model.num_query_groups >= tp else tokens * model.hidden_size * width)
     total += query + 2 * key                                # as projected
-    if model.qk_norm or model.position_embedding == "rotary":
+    in_place = plan.backends["rotary"] == "megalm" and model.num_query_groups >= tp
+    if model.qk_norm or model.position_embedding == "rotary" and not in_place:
         total += query + key                                # normalised or rotated: values keep the fused projection alive
     total += query                                          # context, the projection's input
     total += (3 if model.activation == "swiglu" else 2) * tokens * model.ffn_hidden_size // tp * width
@@ -52,14 +53,17 @@ def _query_and_key(config: Config, plan: Plan) -> tuple[int, int]:
 
 
 def _attention_core(config: Config, plan: Plan) -> int:
-    """Bytes between queries, keys, values and context: the log-sum-exp, or the reference's fp32 operands and probabilities."""
+    """Bytes between queries, keys, values and context: the log-sum-exp, or the operands in the precision of the scores (where
+    that is not the input's) and the probabilities, again after dropout or beside what the reference's softmax keeps."""
     model, heads = config.model, config.model.num_attention_heads // plan.tp
-    rows = plan.micro_batch * heads * model.seq_length
-    if plan.backends["attention"] != "reference":
+    rows, backend = plan.micro_batch * heads * model.seq_length, plan.backends["attention"]
+    if backend not in ("megalm", "reference"):
         return rows * 4
     query, key = _query_and_key(config, plan)
-    wider = 0 if config.precision.dtype == "fp32" else query + 2 * key   # fp32 operands in place of half-precision ones
-    return wider + rows * model.seq_length * 4 * (2 if model.attention_dropout > 0 else 1)
+    width = WIDTH[config.precision.dtype]
+    scores = 4 if backend == "reference" else width
+    wider = (query + 2 * key) * (scores - width) // width
+    return wider + rows * model.seq_length * scores * (2 if model.attention_dropout > 0 or backend == "reference" else 1)
 
 
 def head_activations(config: Config, plan: Plan) -> int:

@@ -9,10 +9,11 @@ from importlib import resources
 import pytest
 import torch
 
-from megalm.ops import activation, attention, cross_entropy, norm, rotary
+from megalm.ops import activation, attention, cross_entropy, norm, rotary, softmax
 from megalm.ops.registry import REGISTRY, Features, Registry, choose
 
-MODULES = {"attention": attention, "norm": norm, "rotary": rotary, "activation": activation, "cross_entropy": cross_entropy}
+MODULES = {"attention": attention, "softmax": softmax, "norm": norm, "rotary": rotary, "activation": activation,
+           "cross_entropy": cross_entropy}
 CPU = Features("cpu", torch.float32)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalm.ops import rotary as module
-from megalm.ops.rotary import rotary, rotary_tables
+from megalm.ops.rotary import rotary, rotary_qkv, rotary_tables
 from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
 from tests.ops.dtypes import DTYPES
 
@@ -52,6 +52,44 @@ def test_it_is_a_multiplication_by_unit_complex_numbers(shape, backend):
             z = torch.complex(x[position, ..., pair], x[position, ..., pair + half]) * turn
             torch.testing.assert_close(turned[position, ..., pair], z.real, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(turned[position, ..., pair + half], z.imag, rtol=1e-6, atol=1e-6)
+
+
+POSITIONS = [None, torch.tensor([0, 3, 1, 0, 7]), torch.tensor([[0, 4], [1, 5], [0, 0], [1, 9], [2, 1]])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_pairs_dims_and_positions(positions, interleaved, backend):
+    """Pair by pair as complex numbers: 6 of 8 dims turned, tables longer than the sequence, offset 2."""
+    x, dims, offset = randn(5, 2, 3, 8), 6, 2
+    turned = rotary(x, *rotary_tables(12, dims, 100.0, None, "cpu"), interleaved=interleaved, offset=offset, positions=positions,
+                    backend=backend)
+    assert torch.equal(turned[..., dims:], x[..., dims:])
+    for s in range(5):
+        for b in range(2):
+            place = s if positions is None else positions[s] if positions.dim() == 1 else positions[s, b]
+            for pair in range(dims // 2):
+                first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + dims // 2)
+                angle = (int(place) + offset) * 100.0 ** (-2 * pair / dims)
+                z = torch.complex(x[s, b, :, first], x[s, b, :, second]) * complex(math.cos(angle), math.sin(angle))
+                torch.testing.assert_close(turned[s, b, :, first], z.real, rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(turned[s, b, :, second], z.imag, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_gradients_of_pairs_dims_and_positions(positions, interleaved, backend):
+    cos, sin = rotary_tables(12, 4, 100.0, None, "cpu")
+    options = dict(interleaved=interleaved, positions=positions, offset=1, backend=backend)
+    qkv = randn(5, 2, 4 * 6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda qkv: rotary_qkv(qkv, 2, 1, cos, sin, **options), (qkv,))
+    x = qkv.detach().unflatten(-1, (4, 6))
+    query, key, value = rotary_qkv(qkv, 2, 1, cos, sin, **options)
+    torch.testing.assert_close(query, rotary(x[:, :, :2], cos, sin, **options))
+    torch.testing.assert_close(key, rotary(x[:, :, 2:3], cos, sin, **options))
+    assert torch.equal(value, x[:, :, 3:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,5 +184,20 @@ def test_wrong_arguments_are_refused():
         rotary_tables(4, 7, 1e4, None, "cpu")
     with pytest.raises(ValueError, match="yarn"):
         rotary_tables(4, 8, 1e4, {"type": "yarn"}, "cpu")
-    with pytest.raises(ValueError, match=r"\(5, 2, 3, 8\)"):
-        rotary(torch.ones(5, 2, 3, 8), *rotary_tables(4, 8, 1e4, None, "cpu"))
+    x, short = torch.ones(5, 2, 3, 8), rotary_tables(4, 8, 1e4, None, "cpu")
+    fitting, wide = rotary_tables(5, 8, 1e4, None, "cpu"), rotary_tables(5, 10, 1e4, None, "cpu")
+    for tables_, options in ((short, {}), (fitting, dict(offset=1)), (fitting, dict(offset=-1)), (wide, {}),
+                             ((fitting[0], short[1]), {})):
+        with pytest.raises(ValueError, match=r"\(5, 2, 3, 8\) at offset"):
+            rotary(x, *tables_, **options)
+    for positions in (torch.zeros(5), torch.zeros(4, dtype=torch.int64), torch.zeros(5, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"need int64 \(5,\) or \(5, 2\)"):
+            rotary(x, *fitting, positions=positions)
+    for shape in ((5, 2, 33), (5, 32), (0,)):
+        with pytest.raises(ValueError, match=r"need \[s, b, 4 d\] for 2 heads and 1 groups; one .* in place is empty"):
+            rotary_qkv(torch.ones(shape), 2, 1, *fitting)
+    for backend in BACKENDS:
+        with pytest.raises((IndexError, RuntimeError)):
+            rotary(x, *fitting, positions=torch.tensor([0, 1, 2, 3, 5]), backend=backend)
+        with pytest.raises((IndexError, RuntimeError)):
+            rotary(x, *fitting, positions=torch.tensor([0, 1, 2, 3, -1]), backend=backend)

@@ -42,23 +42,26 @@ LAYOUTS = [
 LLAMA_LAYER = {"normalization": "rms_norm", "activation": "swiglu", "position_embedding": "rotary", "bias": False,
                "num_query_groups": 2}
 LAYERS = [
-    # model, dtype, recompute, tp, sequence parallel
-    ({}, "bf16", "none", 1, False),
-    ({}, "bf16", "full", 1, False),
-    (LLAMA_LAYER, "fp32", "selective", 1, False),
-    (LLAMA_LAYER, "bf16", "none", 2, True),
-    (LLAMA_LAYER, "bf16", "none", 2, False),
-    ({"qk_norm": True, "dropout": 0.1}, "bf16", "none", 1, False),
-    ({"attention_dropout": 0.1}, "bf16", "none", 1, False),
-    ({"attention_dropout": 0.1}, "fp32", "selective", 1, False),
-    ({"num_query_groups": 1}, "bf16", "none", 2, True),
+    # attention backend, model, dtype, recompute, tp, sequence parallel
+    ("torch", {}, "bf16", "none", 1, False),
+    ("torch", {}, "bf16", "full", 1, False),
+    ("torch", LLAMA_LAYER, "fp32", "selective", 1, False),
+    ("torch", LLAMA_LAYER, "bf16", "none", 2, True),
+    ("torch", LLAMA_LAYER, "bf16", "none", 2, False),
+    ("torch", {"qk_norm": True, "dropout": 0.1}, "bf16", "none", 1, False),
+    ("reference", {"attention_dropout": 0.1}, "bf16", "none", 1, False),
+    ("reference", {"attention_dropout": 0.1}, "fp32", "selective", 1, False),
+    ("torch", {"num_query_groups": 1}, "bf16", "none", 2, True),
+    ("reference", {}, "bf16", "none", 1, False),
+    ("reference", {"attention_dropout": 0.1}, "fp32", "none", 1, False),
 ]
 
 
-@pytest.mark.parametrize("model, dtype, recompute, tp, sequence_parallel", LAYERS)
-def test_a_layer_keeps_what_the_plan_says(model, dtype, recompute, tp, sequence_parallel):
+@pytest.mark.parametrize("attention, model, dtype, recompute, tp, sequence_parallel", LAYERS)
+def test_a_layer_keeps_what_the_plan_says(attention, model, dtype, recompute, tp, sequence_parallel):
     sections = {"model": {"hidden_size": 256, "seq_length": 128, **model}, "precision": {"dtype": dtype}, "batch": {"micro": 2},
-                "parallel": {"tp": tp, "sequence_parallel": sequence_parallel}, "recompute": {"mode": recompute}}
+                "parallel": {"tp": tp, "sequence_parallel": sequence_parallel}, "recompute": {"mode": recompute},
+                "kernels": {"attention": attention, "rotary": "torch"}}  # auto means other ones to the plan than to a CPU
     planned = config(**sections)
     estimate = activations.layer_activations(planned, make_plan(planned, tp), recompute)
     if planned.model.activation == "swiglu" and recompute != "full":

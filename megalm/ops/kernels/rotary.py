@@ -22,8 +22,8 @@ _ROTARY = Operation(
     int32="interleaved inverse dtype")
 
 
-def _launch(sources: Sequence[Tensor | None], targets: Sequence[Tensor | None], cos: Tensor, sin: Tensor, positions: Tensor | None,
-            offset: int, interleaved: bool, inverse: bool) -> None:
+def _launch(sources: Sequence[Tensor | None], targets: Sequence[Tensor | None], cos: Tensor, sin: Tensor,
+            positions: Tensor | None, offset: int, interleaved: bool, inverse: bool) -> None:
     """Query, key and value [s, b, heads, d] (or None) from sources to targets, whose last dims are contiguous."""
     first = sources[0]
     check_dtypes(first, key=sources[1], value=sources[2])
@@ -68,8 +68,8 @@ def _empty_pack(query: Tensor, key: Tensor | None, value: Tensor | None, cos: Te
     return query.new_empty(s, b, sum(part.shape[2] for part in (query, key, value) if part is not None), d)
 
 
-def _pack(query: Tensor, key: Tensor | None, value: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int,
-          interleaved: bool, inverse: bool) -> Tensor:
+def _pack(query: Tensor, key: Tensor | None, value: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None,
+          offset: int, interleaved: bool, inverse: bool) -> Tensor:
     packed = _empty_pack(query, key, value, cos, sin, positions, offset, interleaved, inverse)
     if packed.numel() == 0:
         return packed
@@ -88,8 +88,8 @@ def _pack(query: Tensor, key: Tensor | None, value: Tensor | None, cos: Tensor, 
 
 rotary_turn_ = define("rotary_turn_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, int heads, int groups, int offset,"
                       " bool interleaved) -> ()", _turn, _no_turn)
-rotary_pack = define("rotary_pack(Tensor query, Tensor? key, Tensor? value, Tensor cos, Tensor sin, Tensor? positions, int offset,"
-                     " bool interleaved, bool inverse) -> Tensor", _pack, _empty_pack)
+rotary_pack = define("rotary_pack(Tensor query, Tensor? key, Tensor? value, Tensor cos, Tensor sin, Tensor? positions,"
+                     " int offset, bool interleaved, bool inverse) -> Tensor", _pack, _empty_pack)
 
 
 def _parts(qkv: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
