@@ -10,7 +10,8 @@ from megalm.config import Config
 from .plan import Plan
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
-LOGITS_CHUNK = 1 << 24  # elements of logits the loss computes at a time (parallel/cross_entropy.py)
+LOGITS_BYTES = 384 << 20  # of logits that the loss has at a time on a GPU
+TILE = 128  # tokens that a matrix multiplication's tile holds
 
 
 def activations(config: Config, plan: Plan, pp: int) -> int:
@@ -67,11 +68,24 @@ def _attention_core(config: Config, plan: Plan) -> int:
 
 
 def head_activations(config: Config, plan: Plan) -> int:
-    """Bytes of final norm and loss: the norm's input and output, a chunk of this rank's logits in fp32 with its gradient, and the
-    gradients of the hidden states and of the projection, which the loss makes in its forward pass."""
+    """Bytes of final norm and loss: the norm's input and output, a chunk of this rank's logits, which becomes its gradient, and
+    the gradients of the hidden states and of the projection, made in the loss's forward pass, the latter summed in fp32."""
     model, width = config.model, WIDTH[config.precision.dtype]
     tokens = model.seq_length * plan.micro_batch
     stream = tokens // plan.tp if plan.sequence_parallel else tokens
-    chunk = min(tokens, max(1, LOGITS_CHUNK // (plan.padded_vocab_size // plan.tp)))
-    vocabulary = plan.padded_vocab_size // plan.tp
-    return ((2 * stream + tokens + vocabulary) * model.hidden_size) * width + 2 * chunk * vocabulary * 4
+    columns = plan.padded_vocab_size // plan.tp
+    chunk = logits_chunk(tokens, columns, width)
+    projection = width if chunk == tokens and config.precision.dtype != "fp16" else 4
+    return ((2 * stream + tokens) * width + columns * projection) * model.hidden_size + chunk * columns * width
+
+
+def logits_chunk(tokens: int, columns: int, width: int) -> int:
+    """Tokens whose logits, `columns` of them of `width` bytes, the loss has at a time on a GPU.
+
+    As few chunks as LOGITS_BYTES allow, because each reads and writes the whole gradient of the projection; all about as large.
+    """
+    most = max(1, LOGITS_BYTES // (columns * width))
+    if tokens <= most:
+        return max(1, tokens)
+    even = -(-tokens // -(-tokens // most))
+    return min(most, -(-even // TILE) * TILE)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megalm.ops import cross_entropy as module
-from megalm.ops.cross_entropy import chunk_gradient, chunk_statistics
+from megalm.ops.cross_entropy import chunk_gradient, chunk_loss, chunk_statistics, loss_of
 from megalm.tools.kernel_cases.accuracy import randn
 from tests.ops.dtypes import DTYPES
 
@@ -25,46 +25,69 @@ def example(scale: float = 4.0):
     return logits, targets, torch.rand(N, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * (targets >= 0)
 
 
-def sharded(logits, targets, weight, shards: int, backend: str):
+EXTRA = {"plain": {}, "z-loss": {"z_loss": 0.02}, "smoothed": {"label_smoothing": 0.2},
+         "both": {"z_loss": 0.02, "label_smoothing": 0.2}}
+
+
+def sharded(logits, targets, weight, shards: int, backend: str, z_loss: float = 0.0, label_smoothing: float = 0.0):
     """Loss of each token and the gradient, as parallel/cross_entropy.py makes them: reductions over the shards."""
     width = logits.shape[1] // shards
     parts = [logits[:, rank * width:(rank + 1) * width].clone() for rank in range(shards)]
-    statistics = [chunk_statistics(part, targets, rank * width, VOCAB, backend=backend) for rank, part in enumerate(parts)]
+    statistics = [chunk_statistics(part, targets, rank * width, VOCAB, label_smoothing=label_smoothing, backend=backend)
+                  for rank, part in enumerate(parts)]
     maximum = torch.stack([part[0] for part in statistics]).amax(0)
     total = sum(part[1] * torch.exp(part[0] - maximum) for part in statistics)
     logsumexp = maximum.double() + total.double().log()
-    loss = weight * (logsumexp - sum(part[2] for part in statistics))
-    gradients = [chunk_gradient(part, targets, rank * width, VOCAB, logsumexp, weight, backend=backend)
-                 for rank, part in enumerate(parts)]
+    loss = weight * loss_of(logsumexp, sum(part[2] for part in statistics), z_loss)
+    gradients = [chunk_gradient(part, targets, rank * width, VOCAB, logsumexp, weight, z_loss=z_loss,
+                                label_smoothing=label_smoothing, backend=backend) for rank, part in enumerate(parts)]
     return loss, torch.cat(gradients, dim=1)
 
 
-def expected(logits, targets, weight):
+def whole(logits, targets, weight, backend: str, **extra: float):
+    """The same where one rank holds the vocabulary."""
+    gradient = logits.clone()
+    return chunk_loss(gradient, targets, VOCAB, weight, **extra, backend=backend), gradient
+
+
+def expected(logits, targets, weight, z_loss: float = 0.0, label_smoothing: float = 0.0):
     leaf = logits.double().detach().requires_grad_()
-    loss = weight.double() * F.cross_entropy(leaf[:, :VOCAB], targets, reduction="none", ignore_index=-100)
+    loss = F.cross_entropy(leaf[:, :VOCAB], targets, reduction="none", ignore_index=-100, label_smoothing=label_smoothing)
+    loss = weight.double() * (loss + z_loss * leaf[:, :VOCAB].logsumexp(1).square())
     return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 8, 48])   # 8: the last ranks hold padding only; 48: a column each
-def test_float64_equals_cross_entropy_under_every_sharding(shards, backend):
+@pytest.mark.parametrize("extra", EXTRA)
+def test_float64_equals_cross_entropy_under_every_sharding(shards, backend, extra):
     logits, targets, weight = example()
-    for got, value in zip(sharded(logits, targets, weight, shards, backend), expected(logits, targets, weight), strict=True):
-        torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-13)
+    wanted = expected(logits, targets, weight, **EXTRA[extra])
+    found = [sharded(logits, targets, weight, shards, backend, **EXTRA[extra])]
+    found += [whole(logits, targets, weight, backend, **EXTRA[extra])] if shards == 1 else []
+    for results in found:
+        for got, value in zip(results, wanted, strict=True):
+            torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_accuracy(backend, dtype):
+@pytest.mark.parametrize("extra", EXTRA)
+def test_accuracy(backend, dtype, extra):
+    z_loss, label_smoothing = (EXTRA[extra].get(name, 0.0) for name in ("z_loss", "label_smoothing"))
     logits, targets, weight = example(scale=10.0)
     logits, weight = logits.to(dtype), weight.float()
-    exact_loss, exact_grad = expected(logits, targets, weight)
-    loss, grad = sharded(logits, targets, weight, 2, backend)
-    assert grad.dtype == dtype
+    exact_loss, exact_grad = expected(logits, targets, weight, **EXTRA[extra])
+    loss, grad = sharded(logits, targets, weight, 2, backend, **EXTRA[extra])
+    one_loss, one_grad = whole(logits, targets, weight.double(), backend, **EXTRA[extra])
+    assert grad.dtype == one_grad.dtype == dtype
     leaf = logits.detach().requires_grad_()
-    plain = weight * F.cross_entropy(leaf[:, :VOCAB].float(), targets, reduction="none", ignore_index=-100)
+    values = leaf[:, :VOCAB].float()
+    plain = F.cross_entropy(values, targets, reduction="none", ignore_index=-100, label_smoothing=label_smoothing)
+    plain = weight * (plain + z_loss * values.logsumexp(1).square())
     plain_grad, = torch.autograd.grad(plain.sum(), leaf)
-    for got, other, exact in ((loss, plain.detach(), exact_loss), (grad, plain_grad, exact_grad)):
+    for got, other, exact in ((loss, plain.detach(), exact_loss), (grad, plain_grad, exact_grad),
+                              (one_loss, plain.detach(), exact_loss), (one_grad, plain_grad, exact_grad)):
         error, plain_error = ((value.double() - exact).abs().max() for value in (got, other))
         unit = torch.finfo(other.dtype).eps * exact.abs().max()
         assert error <= 2 * plain_error + 0.5 * unit
@@ -125,9 +148,13 @@ def test_the_gradient_takes_the_place_of_the_logits(dtype):
 def test_pieces_of_rows_leave_no_seam(monkeypatch, dtype):
     logits, targets, weight = example()
     logits, weight = logits.to(dtype), weight.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    whole = sharded(logits, targets, weight, 2, "torch")
+    def both():
+        extra = EXTRA["both"]
+        return *sharded(logits, targets, weight, 2, "torch", **extra), *whole(logits, targets, weight, "torch", **extra)
+
+    at_once = both()
     monkeypatch.setattr(module, "rows_in_cache", lambda width: 4)
-    for got, value in zip(sharded(logits, targets, weight, 2, "torch"), whole, strict=True):
+    for got, value in zip(both(), at_once, strict=True):
         assert torch.equal(got, value)
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import pytest
 
-from megalm.parallel import cross_entropy
 from megalm.plan import activations, make_plan
 from megalm.plan.memory import rank_memory
 from megalm.plan.parameters import stage_parts
@@ -70,10 +69,6 @@ def test_a_layer_keeps_what_the_plan_says(attention, model, dtype, recompute, tp
         estimate += tokens * planned.model.ffn_hidden_size // tp * activations.WIDTH[dtype]
     for live in dist.run(saved_by_a_layer, tp, sections):
         assert estimate == pytest.approx(live, rel=0.03)
-
-
-def test_logits_chunk_is_the_loss_functions():
-    assert activations.LOGITS_CHUNK == cross_entropy.CHUNK_ELEMENTS
 
 
 @pytest.mark.parametrize("model, dtype, parallel, ranks", LAYOUTS)

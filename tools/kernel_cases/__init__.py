@@ -6,10 +6,10 @@
 """
 from __future__ import annotations
 
-from megalm.tools.kernel_cases import norm, rotary, softmax
+from megalm.tools.kernel_cases import cross_entropy, norm, rotary, softmax
 from megalm.tools.kernel_cases.case import Case
 
-MODULES = (norm, rotary, softmax)
+MODULES = (cross_entropy, norm, rotary, softmax)
 
 
 def small() -> list[Case]:
