@@ -6,7 +6,7 @@
 
 constexpr int64_t MAX_WIDTH = INT32_MAX / 2, MAX_ROWS = INT32_MAX;
 constexpr int MAX_THREADS = 1024;
-constexpr int PACKS = 4;  // a batch: what a thread has in flight at once, and again what it computes with meanwhile
+constexpr int PACKS = 4;  // a batch: what a thread has in flight at once, while it computes with as much again
 
 // Packs of batch `batch` of this thread, of the `count` whole packs of a row; -inf, which adds nothing to a sum, beyond them.
 template <typename T, int VEC>
@@ -18,7 +18,7 @@ __device__ __forceinline__ void fetch(Pack<T, VEC> (&packs)[PACKS], const T *row
   for (int p = 0; p < PACKS; p++) {
     const int at = (batch * PACKS + p) * int(blockDim.x) + int(threadIdx.x);
     packs[p].set(nothing);
-    if (at >= 0 && at < count) packs[p] = load<VEC>(row + at * VEC);
+    if (unsigned(at) < unsigned(count)) packs[p] = load<VEC>(row + at * VEC);  // a batch before the first has none
   }
 }
 
@@ -40,24 +40,15 @@ template <typename T> struct Statistics {
   // What powers are taken with: -inf less -inf is no number.
   __device__ __forceinline__ C origin() const { return maximum == C(-INFINITY) ? C(0) : base; }
 
-  template <int VEC> __device__ __forceinline__ void add(const Pack<T, VEC> (&packs)[PACKS]) {
-    C high = maximum;
+  template <int VEC> __device__ __forceinline__ void add(const Pack<T, VEC> &pack) {
+    C high = maximum, part = C(0);
 #pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-#pragma unroll
-      for (int i = 0; i < VEC; i++) high = max(high, packs[p][i]);
-    }
+    for (int i = 0; i < VEC; i++) high = max(high, pack[i]);
     raise(high);
     const C from = origin();
-    C parts[PACKS];
 #pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-      parts[p] = C(0);
-#pragma unroll
-      for (int i = 0; i < VEC; i++) parts[p] += Power<T>::of(packs[p][i], from);
-    }
-#pragma unroll
-    for (int p = 0; p < PACKS; p++) total += parts[p];
+    for (int i = 0; i < VEC; i++) part += Power<T>::of(pack[i], from);
+    total += part;
   }
   __device__ __forceinline__ void add(C x) {
     raise(max(maximum, x));
@@ -92,7 +83,8 @@ __device__ __forceinline__ Statistics<T> row_statistics(const T *row, int column
 #pragma unroll
     for (int p = 0; p < PACKS; p++) now[p] = next[p];
     fetch(next, row, batch + 1, count);
-    found.add(now);
+#pragma unroll
+    for (int p = 0; p < PACKS; p++) found.add(now[p]);
     if (!with_sum) continue;
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {

@@ -10,8 +10,10 @@ from typing import Any
 from megalm.checkpoint.find import Report, newest
 from megalm.checkpoint.format import CHECKPOINTS, CheckpointError, read_json
 
-CHECKED = ("model", "data", "optimizer", "batch.global", "train.seed")
+CHECKED = ("model", "data", "optimizer", "batch.global", "train.seed", "train.z_loss", "train.label_smoothing")
 """Settings that shape the numbers; a resume with others isn't the same run."""
+NEWER = {"train.z_loss": 0.0, "train.label_smoothing": 0.0}
+"""What those that a checkpoint may be older than were in its run."""
 FREE = ("model.vocab_multiple", "data.cache")
 """Among these, the ones that don't: padding never wins a logit, and a cache can lie anywhere."""
 ALLOWED_BEFORE = ("logs",)
@@ -51,7 +53,7 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[Difference]:
     """The checked settings that two resolved configs (config.json's content) don't share, in the order of their paths."""
-    sides = [{path: value for path, value in flatten(side).items() if _checked(path)} for side in (stored, current)]
+    sides = [NEWER | {path: value for path, value in flatten(side).items() if _checked(path)} for side in (stored, current)]
     paths = list(dict.fromkeys([*sides[0], *sides[1]]))
     pairs = [Difference(path, sides[0].get(path, MISSING), sides[1].get(path, MISSING)) for path in paths]
     return [pair for pair in pairs if pair.stored is MISSING or pair.current is MISSING or pair.stored != pair.current]

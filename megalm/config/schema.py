@@ -245,6 +245,10 @@ class Train(Section):
     """Stop after so many steps in a row with a loss or gradient that isn't finite."""
     compile: bool = False
     """torch.compile each layer."""
+    z_loss: NaturalFloat = 0.0
+    """Times the square of each token's log-sum-exp, added to its loss (Chowdhery et al. 2022); evaluations leave it out."""
+    label_smoothing: Probability = 0.0
+    """Share of a target's probability that is spread over the vocabulary (Szegedy et al. 2016); evaluations leave it out."""
 
 
 class Checkpoint(Section):

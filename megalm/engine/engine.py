@@ -152,7 +152,7 @@ def build(config: Config, plan: Plan, groups: Groups, context: StepContext, laye
 
 def _build(config: Config, plan: Plan, groups: Groups, context: StepContext, layers: Sequence[LayerDescription]) -> Engine:
     adopt_process_group()
-    loss = TokenLoss(plan.vocab_size, groups.tp, config.kernels.cross_entropy)
+    loss = TokenLoss(plan.vocab_size, groups.tp, config.kernels.cross_entropy, config.train.z_loss, config.train.label_smoothing)
     if plan.pp > 1:
         from megalm.engine.pipeline import Pipeline, StageModule
         with torch.no_grad():  # it broadcasts tied weights, and autograd must not see that

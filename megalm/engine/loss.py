@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megalm.parallel.cross_entropy import linear_cross_entropy
@@ -9,18 +10,21 @@ from megalm.parallel.groups import TensorParallel
 
 
 class TokenLoss:
-    """loss((hidden_states, weight), (labels, scale)) = scale x sum of the cross entropies.
+    """loss((hidden_states, weight), (labels, scale)) = scale x sum of the tokens' losses.
 
     With scale = accumulation x dp / (labels that count in the step), DeepSpeed's mean over micro-batches of the mean over
-    data-parallel ranks is the mean over the step's tokens, however unevenly they are spread.
+    data-parallel ranks is the mean over the step's tokens, however unevenly they are spread. Where no gradient is asked
+    for, it is an evaluation, whose loss is the cross entropy alone: its exponential is the perplexity.
     """
 
-    def __init__(self, vocab: int, tp: TensorParallel, backend: str = "auto"):
+    def __init__(self, vocab: int, tp: TensorParallel, backend: str = "auto", z_loss: float = 0.0, label_smoothing: float = 0.0):
         self.vocab, self.tp, self.backend = vocab, tp, backend
+        self.z_loss, self.label_smoothing = z_loss, label_smoothing
 
     def __call__(self, outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
         (hidden, weight), (labels, scale) = outputs, targets
-        return linear_cross_entropy(hidden, weight, labels, self.vocab, self.tp, self.backend) * scale
+        extra = {"z_loss": self.z_loss, "label_smoothing": self.label_smoothing} if torch.is_grad_enabled() else {}
+        return linear_cross_entropy(hidden, weight, labels, self.vocab, self.tp, self.backend, **extra) * scale
 
 
 def counted(labels: Tensor) -> int:

@@ -40,6 +40,7 @@ def changed(path: str, value) -> dict:
     ("data.seed", 5, "data.seed: stored None, now 5"),
     ("train.seed", 2, "train.seed: stored 1, now 2"),
     ("batch.global", 16, "batch.global: stored 8, now 16"),
+    ("train.z_loss", 1e-4, "train.z_loss: stored 0.0, now 0.0001"),  # from a checkpoint that is older than the setting
 ])
 def test_what_shapes_the_numbers_is_compared(path, value, line):
     assert line in [str(difference) for difference in differences(CONFIG, changed(path, value))]
@@ -47,7 +48,7 @@ def test_what_shapes_the_numbers_is_compared(path, value, line):
 
 @pytest.mark.parametrize("path, value", [
     ("model.vocab_multiple", 64), ("data.cache", "/elsewhere"), ("parallel.tp", 4), ("train.steps", 20), ("batch.micro", 16),
-    ("schedule.decay", "wsd")])
+    ("schedule.decay", "wsd"), ("train.label_smoothing", 0.0)])
 def test_what_doesn_t_is_free(path, value):
     assert differences(CONFIG, changed(path, value)) == []
 

@@ -46,6 +46,7 @@ class Case:
     dtype: str = "fp32"
     micro: int = 0  # 0: see `micro_batch`
     model: tuple[tuple[str, object], ...] = ()
+    train: tuple[tuple[str, object], ...] = ()  # changes to the train section
     silent_step: int | None = None  # a step in which no label counts
     label: str = ""
 
@@ -83,13 +84,13 @@ class Case:
             "schedule": {"warmup_steps": 3, "decay": "linear", "min_lr": 1e-4},
             "tokenizer": {"type": "bytes"},
             "data": {"train": [{"path": "none"}]},
-            "train": {"dir": "none", "steps": STEPS, "seed": SEED},
+            "train": {"dir": "none", "steps": STEPS, "seed": SEED} | dict(self.train),
         }  # fmt: skip
 
     def serial(self, dtype: str | None = None) -> Case:
         """The case whose reference this one is held to: whatever can't change the mathematics taken away."""
-        return Case(style=self.style, optimizer=self.optimizer, model=self.model, dtype=dtype or self.dtype,
-                    silent_step=self.silent_step)  # fmt: skip
+        return Case(style=self.style, optimizer=self.optimizer, model=self.model, train=self.train,
+                    dtype=dtype or self.dtype, silent_step=self.silent_step)  # fmt: skip
 
 
 # tp, pp, dp
@@ -120,6 +121,7 @@ AXES = {
     # 200 of 256 columns are the vocabulary; or 120 of 256, so that the last tp rank holds padding only.
     "padding": {"model": (("vocab_size", 200), ("vocab_multiple", 128))},
     "bf16": {"dtype": "bf16"},
+    "z_and_smoothing": {"train": (("z_loss", 0.01), ("label_smoothing", 0.1)), "model": (("vocab_size", 200),)},
 }
 
 

@@ -221,11 +221,13 @@ def logits(w: Weights, tokens: Tensor, shape: Shape, dropout: Dropout | None = N
     return F.linear(x, head[: shape.vocab_size])
 
 
-def loss_sum(w: Weights, tokens: Tensor, labels: Tensor, shape: Shape, dropout: Dropout | None = None) -> Tensor:
-    """Sum of the cross entropies of all labels that count, in at least fp32."""
-    scores = logits(w, tokens, shape, dropout)
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    return F.cross_entropy(scores.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+def loss_sum(w: Weights, tokens: Tensor, labels: Tensor, shape: Shape, dropout: Dropout | None = None, z_loss: float = 0.0,
+             label_smoothing: float = 0.0) -> Tensor:
+    """Sum of the cross entropies, with smoothed labels, and z-losses of all labels that count, in at least fp32."""
+    scores = logits(w, tokens, shape, dropout).flatten(0, 1)
+    scores, labels = scores if scores.dtype == torch.float64 else scores.float(), labels.flatten()
+    loss = F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing)
+    return loss + z_loss * scores[labels != IGNORED].logsumexp(-1).square().sum()
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -245,6 +247,8 @@ class Recipe:
     momentum: float = 0.0
     clip_grad_norm: float = 1.0
     dtype: torch.dtype = torch.float32
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
     micro_batch: int | None = None  # None: the whole global batch in one forward
 
 
@@ -279,7 +283,8 @@ def _gradients(masters: Weights, batch, shape: Shape, recipe: Recipe, step: int)
     for start in range(0, len(batch.samples), micro):
         part = slice(start, start + micro)
         dropout = Dropout(recipe.seed, step, batch.samples[part])
-        loss = loss_sum(live, batch.tokens[part], batch.labels[part], shape, dropout) / count
+        loss = loss_sum(live, batch.tokens[part], batch.labels[part], shape, dropout, recipe.z_loss, recipe.label_smoothing)
+        loss = loss / count
         for name, gradient in zip(live, torch.autograd.grad(loss, list(live.values())), strict=True):
             sums[name] += gradient
         total += loss.item()

@@ -36,7 +36,7 @@ def _record(case: Case, micro_batch: int | None, steps: int) -> reference.Record
     recipe = reference.Recipe(
         seed=config.train.seed, steps=steps, dtype=DTYPES[case.dtype], optimizer=o.name, betas=tuple(o.betas), eps=o.eps,
         lr=lambda step: lr_at(config.schedule, o.lr, STEPS, step), weight_decay=o.weight_decay, momentum=o.momentum,
-        clip_grad_norm=o.clip_grad_norm,
+        clip_grad_norm=o.clip_grad_norm, z_loss=config.train.z_loss, label_smoothing=config.train.label_smoothing,
         micro_batch=micro_batch,
     )  # fmt: skip
     whole = reference.Shape.of(config.model, size, plan.padded_vocab_size)
