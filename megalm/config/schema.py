@@ -164,7 +164,7 @@ class Optimizer(Section):
     momentum: Probability = 0.0
     """Of sgd."""
     impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
-    """Whose implementation of the optimizer."""
+    """Whose implementation: auto takes the fastest that this machine has built; a named one that can't serve is an error."""
 
 
 class Schedule(Section):

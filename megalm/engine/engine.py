@@ -16,6 +16,7 @@ from megalm.config import Config
 from megalm.data.loader import MicroBatch
 from megalm.engine import fragments as state
 from megalm.engine.ds_config import ds_config
+from megalm.engine.fused_adam import fused_adam
 from megalm.engine.gradients import clip, global_norm, reduced_gradients
 from megalm.engine.grid import adopt_process_group, quiet
 from megalm.engine.loss import TokenLoss, counted, token_scale
@@ -163,5 +164,5 @@ def _build(config: Config, plan: Plan, groups: Groups, context: StepContext, lay
         model, driver = SequentialModel(layers, loss).to(groups.device), Sequential
     for parameter in model.parameters():
         declared(parameter)  # a parameter without a kind would train with a wrong norm: found here, not in a loss curve
-    optimizer = build_optimizer(config.optimizer, model.named_parameters())
+    optimizer = build_optimizer(config.optimizer, model.named_parameters(), {"deepspeed": fused_adam}, plan.zero_stage)
     return Engine(config, plan, groups, driver(model, optimizer, ds_config(config, plan), groups, context), optimizer)

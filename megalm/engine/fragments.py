@@ -7,6 +7,7 @@ parameter ends and where a part of a fused parameter ends, so that a fragment be
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,22 @@ from megalm.parallel.groups import Groups
 from megalm.parallel.sharding import Kind, declared
 
 MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": "momentum"}
+MOMENTUM = ("SGD", "FusedSGD")
+"""Optimizers that have a momentum at most and count no steps."""
+
+
+class Counter(Enum):
+    """Where an optimizer keeps the number of steps that it has applied."""
+
+    TENSOR = "a tensor in the state of each stepped tensor"
+    NUMBER = "an int there, of which only one in a parameter group is counted up"
+    GROUP = "an int in each parameter group"
+
+
+def counter_of(optimizer: torch.optim.Optimizer) -> Counter:
+    """By who made it: torch, DeepSpeed (its FusedAdam) or NVIDIA apex."""
+    made_by = type(optimizer).__module__.split(".", 1)[0]
+    return {"apex": Counter.GROUP, "deepspeed": Counter.NUMBER}.get(made_by, Counter.TENSOR)
 
 
 class Range(NamedTuple):
@@ -33,14 +50,16 @@ class Range(NamedTuple):
 def fragments(engine: Any, optimizer: torch.optim.Optimizer, groups: Groups) -> list[Fragment]:
     """Every piece of optimizer state on this rank, replicas included (marked as not owned)."""
     found = []
+    whole = None if counter_of(optimizer) is Counter.TENSOR else optimizer_step(engine, optimizer)
     for piece in _ranges(engine, groups):
         replica = getattr(piece.parameter, "ds_pipe_replicated", False)
         counted = declared(piece.parameter).kind is Kind.SHARDED or groups.tp.rank == 0
-        found += _cut(piece, optimizer.state[piece.flat], piece.owned and counted and not replica)
+        state = optimizer.state[piece.flat]
+        found += _cut(piece, state, piece.owned and counted and not replica, _step(state) if whole is None else whole)
     return found
 
 
-def _cut(piece: Range, state: dict[str, Any], owned: bool) -> Iterator[Fragment]:
+def _cut(piece: Range, state: dict[str, Any], owned: bool, step: int | None) -> Iterator[Fragment]:
     """One range as a Fragment for each part and role that it covers."""
     offset = 0
     for part in declared(piece.parameter).parts:
@@ -51,7 +70,7 @@ def _cut(piece: Range, state: dict[str, Any], owned: bool) -> Iterator[Fragment]
             roles = {"master": piece.flat.detach()} | {role: state[key] for key, role in MOMENTS.items() if key in state}
             for role, values in roles.items():
                 yield Fragment(part.name, role, part.full_shape, part.dim, low, high, first - offset,
-                               values.view(-1)[at:at + last - first], owned, None if role == "master" else _step(state))
+                               values.view(-1)[at:at + last - first], owned, None if role == "master" else step)
         offset += part.numel
 
 
@@ -100,42 +119,48 @@ def allocate_state(engine: Any, optimizer: torch.optim.Optimizer) -> None:
 
     A checkpoint can then be written and read at any step, a run whose first steps were all skipped included.
     """
+    counter = counter_of(optimizer)
     for tensor in steppable(engine, optimizer):
         state = optimizer.state[tensor]
         if state:
             continue
-        if isinstance(optimizer, torch.optim.SGD):
+        if type(optimizer).__name__ in MOMENTUM:
             if optimizer.param_groups[0]["momentum"]:
                 state["momentum_buffer"] = torch.zeros_like(tensor.detach())
             continue
-        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if on_device else "cpu")
+        if counter is Counter.TENSOR:
+            on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if on_device else "cpu")
+        elif counter is Counter.NUMBER:
+            state["step"] = 0
         state["exp_avg"] = torch.zeros_like(tensor.detach())
         state["exp_avg_sq"] = torch.zeros_like(tensor.detach())
 
 
 def optimizer_step(engine: Any, optimizer: torch.optim.Optimizer) -> int:
     """How many steps the optimizer has applied; it differs from the step count where steps were skipped."""
-    if _counts_in_groups(optimizer):
+    counter = counter_of(optimizer)
+    if counter is Counter.GROUP:
         steps = {group.get("step", 0) for group in optimizer.param_groups}
     else:
         steps = {_step(optimizer.state[tensor]) or 0 for tensor in steppable(engine, optimizer)}
+        if counter is Counter.NUMBER and steps:
+            steps = {max(steps)}
     assert len(steps) <= 1, f"tensors at different optimizer steps: {sorted(steps)}"
     return steps.pop() if steps else 0
-
-
-def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
-    """NVIDIA apex's optimizers keep one step for a parameter group, torch's one for each tensor."""
-    return type(optimizer).__module__.startswith("apex.")
 
 
 @torch.no_grad()
 def refresh(engine: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
     """After masters and moments were overwritten: set the optimizer's step and derive the working weights again."""
+    counter = counter_of(optimizer)
     for tensor in steppable(engine, optimizer):
-        if "step" in optimizer.state[tensor]:
-            optimizer.state[tensor]["step"].fill_(step)
-    if _counts_in_groups(optimizer):
+        state = optimizer.state[tensor]
+        if "step" in state and counter is Counter.TENSOR:
+            state["step"].fill_(step)
+        elif "step" in state:
+            state["step"] = step
+    if counter is Counter.GROUP and type(optimizer).__name__ not in MOMENTUM:
         for group in optimizer.param_groups:
             group["step"] = step
     wrapper = engine.optimizer

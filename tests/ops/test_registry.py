@@ -91,7 +91,7 @@ def test_the_shipped_table_names_what_the_files_register(op):
     registered = set(REGISTRY.backends[op])
     assert registered == set(table["backends"][op]) == set(table[op])
     for device, orders in table["measured"].items():
-        assert set(orders) <= set(MODULES) and set(orders[op]) <= registered, device
+        assert set(orders) <= {*MODULES, "optimizer"} and set(orders[op]) <= registered, device
     assert choose(op, "reference", CPU)[1] == "named in the configuration"
 
 

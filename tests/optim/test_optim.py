@@ -2,15 +2,19 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
-from megalm.optim import build_optimizer, lr_at, param_groups
+from megalm.config.schema import Optimizer
+from megalm.ops.registry import REGISTRY
+from megalm.optim import build_optimizer, lr_at, optimizer, param_groups
 
 
 def section(**more) -> SimpleNamespace:
@@ -76,6 +80,12 @@ def test_torch_is_fused_where_it_can_be():
     assert isinstance(meta, torch.optim.AdamW) and not any(group["fused"] for group in meta.param_groups)
 
 
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """As if the parameters were there."""
+    monkeypatch.setattr(optimizer, "device_type", lambda groups: "cuda")
+
+
 @pytest.mark.parametrize("impl, reason", [("apex", "apex"), ("deepspeed", "isn't offered here; available: auto, torch, apex")])
 def test_an_implementation_that_isn_t_here_is_the_user_s_error(impl, reason, monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
@@ -85,7 +95,7 @@ def test_an_implementation_that_isn_t_here_is_the_user_s_error(impl, reason, mon
     assert "\n" not in str(caught.value)
 
 
-def test_an_implementation_that_was_installed_but_not_built(monkeypatch):
+def test_an_implementation_that_was_installed_but_not_built(monkeypatch, on_gpu):
     """Apex raises RuntimeError from its constructor when its extension is missing."""
     def unbuilt(*_, **__):
         raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions\nsecond line")
@@ -98,13 +108,20 @@ def test_an_implementation_that_was_installed_but_not_built(monkeypatch):
         build_optimizer(section(impl="apex"), model().named_parameters())
 
 
-def test_apex_and_the_engine_s_makers_get_the_groups(monkeypatch):
+@pytest.fixture
+def apex(monkeypatch, on_gpu):
+    """NVIDIA apex, as far as it is called; what it was called with."""
     seen = {}
     fake = ModuleType("apex.optimizers")
     fake.FusedAdam = lambda groups, **settings: seen.update(settings, names=[group["name"] for group in groups])
     fake.FusedSGD = lambda groups, **settings: seen.update(sgd=settings)
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", fake)
+    return seen
+
+
+def test_apex_and_the_engine_s_makers_get_the_groups(apex):
+    seen = apex
     build_optimizer(section(impl="apex"), model().named_parameters())
     assert seen == {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "adam_w_mode": True, "names": ["decay", "no_decay"]}
     build_optimizer(section(impl="apex", name="sgd"), model().named_parameters())
@@ -115,6 +132,42 @@ def test_apex_and_the_engine_s_makers_get_the_groups(monkeypatch):
 
     made = build_optimizer(section(impl="deepspeed"), model().named_parameters(), {"deepspeed": maker})
     assert isinstance(made, torch.optim.RMSprop)
+
+
+def test_apex_on_a_cpu_and_under_zero_3_is_refused(apex, monkeypatch):
+    """It counts the steps of a group, and DeepSpeed steps a group's pieces one after the other there."""
+    with pytest.raises(ValueError, match="counts the steps of a whole parameter group, which ZeRO 3 steps in pieces"):
+        build_optimizer(section(impl="apex"), model().named_parameters(), zero_stage=3)
+    monkeypatch.setattr(optimizer, "device_type", lambda groups: "cpu")
+    with pytest.raises(ValueError, match="NVIDIA apex's optimizers need a GPU; \"auto\" takes what can"):
+        build_optimizer(section(impl="apex"), model().named_parameters())
+
+
+def measured(monkeypatch, *order: str) -> None:
+    monkeypatch.setitem(REGISTRY.table["measured"], "cuda", {"optimizer": list(order)})
+
+
+def test_auto_takes_the_fastest_that_can_serve_and_logs_why(monkeypatch, apex, caplog):
+    def unbuilt(groups, optimizer):
+        raise RuntimeError("it is not built\nsecond line")
+
+    measured(monkeypatch, "deepspeed", "unheard_of", "apex", "torch")
+    with caplog.at_level(logging.INFO, logger="megalm.optim.optimizer"):
+        build_optimizer(section(), model().named_parameters(), {"deepspeed": unbuilt})
+        third = build_optimizer(section(), model().named_parameters(), {"deepspeed": unbuilt}, zero_stage=3)
+    assert apex["names"] == ["decay", "no_decay"] and isinstance(third, torch.optim.AdamW)
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first == "optimizer adamw on cuda: apex (the fastest that serves on cuda; not deepspeed: it is not built)"
+    assert second.startswith("optimizer adamw on cuda: torch (the fastest that serves on cuda; not deepspeed: it is not built; not")
+    measured(monkeypatch, "deepspeed")
+    with pytest.raises(ValueError, match=r"'auto' finds none for 'adamw' on cuda \(not deepspeed: it is not built\)"):
+        build_optimizer(section(), model().named_parameters(), {"deepspeed": unbuilt})
+
+
+def test_the_shipped_table_knows_the_implementations():
+    impls = set(get_args(Optimizer.model_fields["impl"].annotation)) - {"auto"}
+    orders = [REGISTRY.table["optimizer"], *(orders["optimizer"] for orders in REGISTRY.table["measured"].values())]
+    assert set(orders[0]) == impls and all(set(order) <= impls and "torch" in order for order in orders)
 
 
 def test_a_model_without_parameters():
