@@ -57,10 +57,10 @@ class Model(Section):
     """Query heads; hidden_size is a multiple of it."""
     num_query_groups: Positive | None = Field(None, validate_default=True)
     """Key/value heads (GQA); default: as many as query heads, 1 is MQA."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    """gelu is the tanh form, as GPT-2 and Megatron have it."""
+    activation: Literal["gelu", "swiglu", "geglu"] = "gelu"
+    """gelu is the tanh form, as GPT-2 and Megatron have it; swiglu and geglu multiply it, or silu, by a second projection."""
     ffn_hidden_size: Positive | None = Field(None, validate_default=True)
-    """Width of the MLP; default: 4 hidden_size for gelu, 8/3 hidden_size rounded up to a multiple of 64 for swiglu."""
+    """Width of the MLP; default: 4 hidden_size for gelu, 8/3 hidden_size rounded up to a multiple of 64 for the others."""
     seq_length: Positive
     """Tokens a sample."""
     normalization: Literal["layer_norm", "rms_norm"] = "layer_norm"
@@ -107,6 +107,11 @@ class Model(Section):
     def head_dim(self) -> int:
         """Elements of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has two projections side by side, gate and up."""
+        return self.activation in ("swiglu", "geglu")
 
 
 class Parallel(Section):
@@ -222,7 +227,9 @@ class Kernels(Section):
     rotary: Backend = "auto"
     """Rotation of queries and keys."""
     activation: Backend = "auto"
-    """GELU and SwiGLU."""
+    """GELU, SwiGLU and GEGLU."""
+    dropout: Backend = "auto"
+    """Dropout of hidden states, with the addition to the residual stream."""
     cross_entropy: Backend = "auto"
     """The loss from logits."""
 

@@ -1,12 +1,15 @@
-"""The feed-forward block: gelu(x W_up) W_down, or silu(x W_gate) * (x W_up) W_down (Shazeer, "GLU Variants", 2020)."""
+"""The feed-forward block: gelu(x W_up) W_down, or f(x W_gate) * (x W_up) W_down, f silu or gelu (Shazeer, "GLU Variants", 2020)."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from megalm.model.build import Build
-from megalm.ops.activation import gelu, swiglu
+from megalm.ops.activation import geglu, gelu, swiglu
 from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+ACTIVATIONS = {"gelu": gelu, "swiglu": swiglu, "geglu": geglu}
 
 
 class MLP(nn.Module):
@@ -15,14 +18,13 @@ class MLP(nn.Module):
     def __init__(self, index: int, build: Build):
         super().__init__()
         model = build.config.model
-        self.activation, self.backend = model.activation, build.config.kernels.activation
+        self.activation, self.backend = ACTIVATIONS[model.activation], build.config.kernels.activation
         name, hidden, ffn = f"layers.{index}.mlp", model.hidden_size, model.ffn_hidden_size
         options = dict(bias=model.bias, std=build.std, tp=build.tp, dtype=build.dtype, device=build.device)
-        names = [f"{name}.gate", f"{name}.up"] if model.activation == "swiglu" else [f"{name}.up"]
+        names = [f"{name}.gate", f"{name}.up"] if model.gated else [f"{name}.up"]
         self.up = ColumnParallelLinear(names, [ffn] * len(names), hidden, **options)
         self.down = RowParallelLinear(f"{name}.down", hidden, ffn, **{**options, "std": build.residual_std})
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.up(x)  # [s/tp or s, b, h] -> [s, b, f/tp] or [s, b, 2f/tp]
-        act = swiglu if self.activation == "swiglu" else gelu
-        return self.down(act(wide, backend=self.backend))  # [s, b, f/tp] -> [s/tp or s, b, h]
+        return self.down(self.activation(wide, backend=self.backend))  # [s, b, f/tp] -> [s/tp or s, b, h]

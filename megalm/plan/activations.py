@@ -42,7 +42,7 @@ def layer_activations(config: Config, plan: Plan, recompute: str) -> int:
     if model.qk_norm or model.position_embedding == "rotary" and not in_place:
         total += query + key                                # normalised or rotated: values keep the fused projection alive
     total += query                                          # context, the projection's input
-    total += (3 if model.activation == "swiglu" else 2) * tokens * model.ffn_hidden_size // tp * width
+    total += (3 if model.gated else 2) * tokens * model.ffn_hidden_size // tp * width
     return total + (_attention_core(config, plan) if recompute == "none" else 0)
 
 

@@ -12,7 +12,7 @@ def layer_forward(config: Config) -> float:
     model = config.model
     h, d, heads, groups = model.hidden_size, model.head_dim, model.num_attention_heads, model.num_query_groups
     attention = h * d * (heads + 2 * groups) + heads * d * h                                # query, key, value; projection
-    mlp = (3 if model.activation == "swiglu" else 2) * h * model.ffn_hidden_size            # gate, up, down
+    mlp = (3 if model.gated else 2) * h * model.ffn_hidden_size                             # gate, up, down
     return 2.0 * (attention + mlp) + attention_core_forward(config)
 
 

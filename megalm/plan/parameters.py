@@ -109,7 +109,7 @@ def _attention(config: Config, plan: Plan, layer: str, shared: str) -> Iterator[
 def _mlp(config: Config, layer: str, shared: str) -> Iterator[Part]:
     model, name = config.model, f"{layer}.mlp"
     h, ffn = model.hidden_size, model.ffn_hidden_size
-    wide = ("gate", "up") if model.activation == "swiglu" else ("up",)
+    wide = ("gate", "up") if model.gated else ("up",)
     yield from _norm(config, layer, f"{name}.norm", h, shared)
     for suffix, columns in (("weight", (h,)), ("bias", ())) if model.bias else (("weight", (h,)),):
         fused = f"{name}.gate_up.{suffix}" if len(wide) == 2 else None

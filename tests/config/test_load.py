@@ -31,7 +31,7 @@ def test_defaults_are_filled_in():
     assert small.model.head_dim == 8
     assert (small.parallel.tp, small.parallel.dp, small.batch.global_) == (1, "auto", 8)
     assert config(model={"activation": "swiglu"}).model.ffn_hidden_size == 192  # 8 * 64 / 3 = 170.7
-    assert config(model={"activation": "swiglu", "hidden_size": 4096}).model.ffn_hidden_size == 10944
+    assert config(model={"activation": "geglu", "hidden_size": 4096}).model.ffn_hidden_size == 10944
 
 
 def test_resolved_config_loads_as_itself(tmp_path):
@@ -96,7 +96,7 @@ def test_wrong_override(override, message, tmp_path):
     ("model", {"num_layers": 0}, "model.num_layers: a value of at least 1 expected, 0 given"),
     ("model", {"tie_embeddings": 1}, "model.tie_embeddings: true or false expected, 1 given"),
     ("model", {"dropout": 1.0}, "model.dropout: a value less than 1 expected, 1.0 given"),
-    ("model", {"activation": "relu"}, "model.activation: 'gelu' or 'swiglu' expected, \"relu\" given"),
+    ("model", {"activation": "relu"}, "model.activation: 'gelu', 'swiglu' or 'geglu' expected, \"relu\" given"),
     ("model", {"rotary_scaling": {"type": "ntk"}},
      "model.rotary_scaling: a type out of 'linear', 'llama3' expected, {\"type\": \"ntk\"} given"),
     ("model", {"rotary_scaling": {"type": "linear"}}, "model.rotary_scaling.factor: missing, it has no default"),

@@ -1,4 +1,4 @@
-"""gelu and swiglu: gradients, accuracy, odd sizes, strided inputs."""
+"""gelu, swiglu and geglu: gradients, accuracy, odd sizes, strided inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megalm.ops import activation as module
-from megalm.ops.activation import gelu, swiglu
+from megalm.ops.activation import geglu, gelu, swiglu
 from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
 from tests.ops.dtypes import DTYPES
 
@@ -20,17 +20,23 @@ def plain_swiglu(gate_up):
     return F.silu(gate) * up
 
 
+def plain_geglu(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+GATED = {"swiglu": swiglu, "geglu": geglu}
+PLAIN = {"swiglu": plain_swiglu, "geglu": plain_geglu, "gelu": lambda x, bias: F.gelu(x + bias, approximate="tanh")}
+
+
 def call(name, backend):
-    if name == "swiglu":
-        return lambda x: swiglu(x, backend=backend)
+    if name in GATED:
+        return lambda x: GATED[name](x, backend=backend)
     return lambda x, bias: gelu(x, bias, backend=backend)
 
 
 def inputs(name, shape):
-    return [3 * randn(*shape[:-1], 2 * shape[-1])] if name == "swiglu" else [3 * randn(*shape), randn(shape[-1], seed=1)]
-
-
-PLAIN = {"swiglu": plain_swiglu, "gelu": lambda x, bias: F.gelu(x + bias, approximate="tanh")}
+    return [3 * randn(*shape[:-1], 2 * shape[-1])] if name in GATED else [3 * randn(*shape), randn(shape[-1], seed=1)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -71,36 +77,42 @@ def test_gelu_without_a_bias():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pieces_of_rows_leave_no_seam(monkeypatch, dtype):
+@pytest.mark.parametrize("name", GATED)
+def test_pieces_of_rows_leave_no_seam(monkeypatch, name, dtype):
+    function = GATED[name]
     x, grad = randn(29, 2 * 24).to(dtype).requires_grad_(), randn(29, 24, seed=3).to(dtype)
-    expected, = torch.autograd.grad(swiglu(x), x, grad)
+    expected, = torch.autograd.grad(function(x), x, grad)
     monkeypatch.setattr(module, "rows_in_cache", lambda width: 4)
-    got, = torch.autograd.grad(swiglu(x), x, grad)
+    got, = torch.autograd.grad(function(x), x, grad)
     assert torch.equal(got, expected)
 
 
-def test_swiglu_of_a_strided_view_and_gradient():
+@pytest.mark.parametrize("name", GATED)
+def test_a_strided_view_and_gradient(name):
+    function, plain = GATED[name], PLAIN[name]
     x = randn(4, 6, 20)
     view = x.transpose(0, 1)[..., :16].requires_grad_()
-    out = swiglu(view)
-    torch.testing.assert_close(out, swiglu(view.contiguous()))
+    out = function(view)
+    torch.testing.assert_close(out, function(view.contiguous()))
     grad = randn(4, 6, 8, seed=1).transpose(0, 1)
-    torch.testing.assert_close(torch.autograd.grad(out, view, grad)[0], torch.autograd.grad(plain_swiglu(view), view, grad)[0])
+    torch.testing.assert_close(torch.autograd.grad(out, view, grad)[0], torch.autograd.grad(plain(view), view, grad)[0])
 
 
-def test_swiglu_keeps_its_input_and_on_cpu_silu_for_the_backward_pass():
+@pytest.mark.parametrize("name", GATED)
+def test_the_input_and_on_cpu_the_gate_are_kept_for_the_backward_pass(name):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tuple(tensor.shape)), lambda packed: packed):
-        swiglu(randn(4, 16).requires_grad_())
-        swiglu(randn(4, 16))
+        GATED[name](randn(4, 16).requires_grad_())
+        GATED[name](randn(4, 16))
     assert saved == [(4, 16), (4, 8)]
 
 
-def test_swiglu_that_computes_silu_again_gives_the_same_gradient(monkeypatch):
+@pytest.mark.parametrize("name", GATED)
+def test_a_gate_that_is_computed_again_gives_the_same_gradient(monkeypatch, name):
     x, grad = randn(9, 16).requires_grad_(), randn(9, 8, seed=1)
-    kept = torch.autograd.grad(swiglu(x), x, grad)
+    kept = torch.autograd.grad(GATED[name](x), x, grad)
     monkeypatch.setattr(module, "eager_cpu", lambda tensor: False)   # as on a GPU
-    torch.testing.assert_close(torch.autograd.grad(swiglu(x), x, grad), kept)
+    torch.testing.assert_close(torch.autograd.grad(GATED[name](x), x, grad), kept)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -113,6 +125,14 @@ def test_under_torch_compile(name):
         torch.testing.assert_close(a, b)
 
 
-def test_an_odd_gate_up_is_refused():
-    with pytest.raises(ValueError, match="not 7"):
-        swiglu(torch.ones(2, 7))
+@pytest.mark.parametrize("name", GATED)
+def test_an_odd_gate_up_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} takes .* not 7"):
+        GATED[name](torch.ones(2, 7))
+
+
+def test_liger_has_no_gelu_alone():
+    with pytest.raises(ValueError, match="'liger', which can't serve cpu float32 gelu: Liger has no gelu without a gate"):
+        gelu(torch.ones(2, 8), backend="liger")
+    with pytest.raises(ValueError, match="'liger', which can't serve cpu float32 geglu: liger_kernel needs a GPU"):
+        geglu(torch.ones(2, 8), backend="liger")

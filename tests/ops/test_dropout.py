@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalm.ops.dropout import dropout
+from megalm.ops.dropout import bias_dropout_add, dropout
 from megalm.ops.random import EMBEDDING, DropoutKey, keep_mask
-from megalm.tools.kernel_cases.accuracy import randn
+from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
 from tests.ops.dtypes import DTYPES
 
 KEY = DropoutKey(1, 2, 3, EMBEDDING)
@@ -75,3 +75,53 @@ def test_under_torch_compile():
         got, expected = compiled(x, step), run(x, step)
         assert torch.equal(got, expected)
         assert torch.equal(torch.autograd.grad(got.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
+
+
+BACKENDS = ["reference", "torch"]
+
+
+def added(x, bias, residual, probability=0.3, backend="auto"):
+    return bias_dropout_add(x, bias, residual, KEY, SAMPLES, EXTENTS, probability, backend=backend)
+
+
+def operands(dtype=torch.float64):
+    return [tensor.to(dtype) for tensor in (randn(5, 3, 8), randn(8, seed=1), randn(5, 3, 8, seed=2))]
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_dropout_add_is_the_definition(backend, probability):
+    x, bias, residual = operands()
+    keep = keep_mask(KEY, SAMPLES, EXTENTS, probability).transpose(0, 1)
+    for shift in (bias, None):
+        value = torch.where(keep, (x if shift is None else x + shift) / (1 - probability), 0.0)
+        for other in (residual, None):
+            expected = value if other is None else other + value
+            torch.testing.assert_close(added(x, shift, other, probability, backend), expected)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_dropout_add_gradients(backend, probability):
+    tensors = [tensor.requires_grad_() for tensor in operands()]
+    assert torch.autograd.gradcheck(lambda *t: added(*t, probability, backend), tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_dropout_add_accuracy(backend, dtype):
+    def run(backend):
+        return lambda *tensors: added(*tensors, backend=backend)
+
+    assert_within_twice(run(backend), lambda x, bias, residual: residual + dropout(x + bias, KEY, SAMPLES, EXTENTS, 0.3),
+                        run("reference"), operands(), randn(5, 3, 8, seed=3), dtype)
+
+
+def test_bias_dropout_add_refuses_a_split_width():
+    x, bias, residual = operands()
+    with pytest.raises(ValueError, match=r"need two, of the positions and of a whole width"):
+        bias_dropout_add(x, bias, residual, KEY, SAMPLES, [(0, 5, 5), (8, 16, 16)], 0.3)
+    with pytest.raises(ValueError, match=r"\(5, 3, 8\).*\(4, 3, 8\)"):
+        bias_dropout_add(x, bias, residual, KEY, SAMPLES, [(0, 4, 5), (0, 8, 8)], 0.3)
+    with pytest.raises(ValueError, match="dropout probability must be in"):
+        added(x, bias, residual, 1.0)

@@ -90,7 +90,7 @@ def part_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
             norm(f"layers.{i}.attention.key_norm", d)
         linear(f"layers.{i}.attention.projection", h, H * d)
         norm(f"layers.{i}.mlp.norm", h)
-        if shape.activation == "swiglu":
+        if shape.activation != "gelu":
             linear(f"layers.{i}.mlp.gate", f, h)
         linear(f"layers.{i}.mlp.up", f, h)
         linear(f"layers.{i}.mlp.down", h, f)
@@ -197,6 +197,8 @@ def _mlp(w: Weights, i: int, x: Tensor, shape: Shape) -> Tensor:
     up = _linear(w, f"layers.{i}.mlp.up", x)  # [b, s, f]
     if shape.activation == "swiglu":
         inner = F.silu(_linear(w, f"layers.{i}.mlp.gate", x)) * up
+    elif shape.activation == "geglu":
+        inner = F.gelu(_linear(w, f"layers.{i}.mlp.gate", x), approximate="tanh") * up
     else:
         inner = F.gelu(up, approximate="tanh")
     return _linear(w, f"layers.{i}.mlp.down", inner)

@@ -45,6 +45,7 @@ LAYERS = [
     ("torch", {}, "bf16", "none", 1, False),
     ("torch", {}, "bf16", "full", 1, False),
     ("torch", LLAMA_LAYER, "fp32", "selective", 1, False),
+    ("torch", {**LLAMA_LAYER, "activation": "geglu"}, "bf16", "none", 1, False),
     ("torch", LLAMA_LAYER, "bf16", "none", 2, True),
     ("torch", LLAMA_LAYER, "bf16", "none", 2, False),
     ("torch", {"qk_norm": True, "dropout": 0.1}, "bf16", "none", 1, False),
@@ -63,8 +64,8 @@ def test_a_layer_keeps_what_the_plan_says(attention, model, dtype, recompute, tp
                 "kernels": {"attention": attention, "rotary": "torch"}}  # auto means other ones to the plan than to a CPU
     planned = config(**sections)
     estimate = activations.layer_activations(planned, make_plan(planned, tp), recompute)
-    if planned.model.activation == "swiglu" and recompute != "full":
-        # The plan counts what a GPU keeps; on a CPU swiglu keeps silu(gate) as well, because that is faster there.
+    if planned.model.gated and recompute != "full":
+        # The plan counts what a GPU keeps; on a CPU swiglu and geglu keep silu or gelu of the gate, because that is faster there.
         tokens = planned.batch.micro * planned.model.seq_length
         estimate += tokens * planned.model.ffn_hidden_size // tp * activations.WIDTH[dtype]
     for live in dist.run(saved_by_a_layer, tp, sections):

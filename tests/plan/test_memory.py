@@ -29,7 +29,8 @@ def test_counts_by_hand():
     assert model_size(*plan_of(model={"position_embedding": "rotary"})) == SIZE - 4 * 8
     assert model_size(*plan_of(model={"num_query_groups": 1})) == SIZE - 2 * (4 * 8 + 4)
     assert model_size(*plan_of(model={"qk_norm": True})) == SIZE + 4 * 4
-    assert model_size(*plan_of(model={"activation": "swiglu", "ffn_hidden_size": 32})) == SIZE + 32 * 8 + 32
+    for gated in ("swiglu", "geglu"):
+        assert model_size(*plan_of(model={"activation": gated, "ffn_hidden_size": 32})) == SIZE + 32 * 8 + 32
     assert model_size(*plan_of(model={"vocab_size": 15, "vocab_multiple": 32})) == SIZE + 16 * 8
 
 
