@@ -84,7 +84,7 @@ class StageEngine(FrugalReduction, PipelineEngine):
 
     def begin(self, step: int, batches: Sequence[MicroBatch], before_step: Callable[[], bool] | None) -> None:
         # Under 1F1B and under the inference schedule alike a stage runs its forwards in the order 0, 1, 2, ...
-        self._places = iter([(step, batch.samples) for batch in batches])
+        self._places = iter([(step, batch.samples.to(self._groups.device, non_blocking=True)) for batch in batches])
         self._before_step = before_step
 
     def _exec_forward_pass(self, buffer_id: int) -> None:

@@ -71,7 +71,7 @@ class Sequential:
         engine.train()
         total = torch.zeros((), dtype=torch.float32, device=device)
         for index, batch in enumerate(batches):
-            self._context.set(step, batch.samples)
+            self._context.set(step, batch.samples.to(device, non_blocking=True))
             loss = engine(batch.tokens.to(device), batch.labels.to(device), scale)
             engine.backward(loss)
             total += loss.detach()

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from megalm.config import Config, ConfigError
-from megalm.ops import activation, attention, cross_entropy, norm, rotary, softmax  # noqa: F401 - each registers its backends
+
+# Each registers its backends.
+from megalm.ops import activation, attention, cross_entropy, dropout, norm, rotary, softmax  # noqa: F401
 from megalm.ops.registry import REGISTRY, Features, choose
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
@@ -56,10 +58,10 @@ def choose_kernels(config: Config, device: torch.device) -> dict[str, str]:
     Raises ConfigError, with every one, for named backends that can't serve this model here.
     """
     chosen, problems = {}, []
+    traits = {"attention": ("dropout",) if config.model.attention_dropout > 0 else (), "activation": (config.model.activation,)}
     for op, name in config.kernels.model_dump().items():
-        traits = ("dropout",) if op == "attention" and config.model.attention_dropout > 0 else ()
         try:
-            run, reason = choose(op, name, Features(device.type, DTYPES[config.precision.dtype], traits))
+            run, reason = choose(op, name, Features(device.type, DTYPES[config.precision.dtype], traits.get(op, ())))
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -47,7 +47,8 @@ class Position(nn.Module):
             hidden = hidden + use(self.weight, tp)[first:first + length].unsqueeze(1)  # [s/tp or s, b, h] + [s/tp or s, 1, h]
         probability = self.build.config.model.dropout
         if self.training and probability > 0.0:
-            hidden = hidden_dropout(hidden, probability, self.build.context.place, 0, EMBEDDING, tp)
+            place, backend = self.build.context.place, self.build.config.kernels.dropout
+            hidden = hidden_dropout(hidden, None, probability, place, 0, EMBEDDING, tp, backend)
         return hidden
 
 
@@ -78,14 +79,15 @@ class TransformerLayer(nn.Module):
 
     def run(self, hidden: Tensor, place: Place | None) -> Tensor:
         attended = self.attention(self.attention_norm(hidden), place)
-        hidden = hidden + self._dropout(attended, place, ATTENTION_OUTPUT)
-        return hidden + self._dropout(self.mlp(self.mlp_norm(hidden)), place, MLP_OUTPUT)
+        if not self.training or self.build.config.model.dropout == 0.0:
+            normed, hidden = self.mlp_norm(attended, residual=hidden)
+            return hidden + self.mlp(normed)
+        hidden = self._dropped(attended, hidden, place, ATTENTION_OUTPUT)
+        return self._dropped(self.mlp(self.mlp_norm(hidden)), hidden, place, MLP_OUTPUT)
 
-    def _dropout(self, x: Tensor, place: Place | None, op: int) -> Tensor:
-        probability = self.build.config.model.dropout
-        if not self.training or probability == 0.0:
-            return x
-        return hidden_dropout(x, probability, place, self.number, op, self.build.tp)
+    def _dropped(self, x: Tensor, residual: Tensor, place: Place, op: int) -> Tensor:
+        config = self.build.config
+        return hidden_dropout(x, residual, config.model.dropout, place, self.number, op, self.build.tp, config.kernels.dropout)
 
 
 class Head(nn.Module):

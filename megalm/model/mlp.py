@@ -1,4 +1,4 @@
-"""The feed-forward block: gelu(x W_up) W_down, or f(x W_gate) * (x W_up) W_down, f silu or gelu (Shazeer, "GLU Variants", 2020)."""
+"""The feed-forward block: gelu(x W_up) W_down, or f(x W_gate) * (x W_up) W_down (Shazeer, "GLU Variants", 2020)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from megalm.model.build import Build
 from megalm.ops.activation import geglu, gelu, swiglu
 from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
-
 
 ACTIVATIONS = {"gelu": gelu, "swiglu": swiglu, "geglu": geglu}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megalm.model.build import Build
-from megalm.ops.norm import norm
+from megalm.ops.norm import add_norm, norm
 from megalm.parallel.sharding import Kind, Part, declare, use
 
 
@@ -31,6 +31,9 @@ class Norm(nn.Module):
         self.weight = vector("weight", 1.0)
         self.bias = vector("bias", 0.0) if self.kind == "layer_norm" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else use(self.bias, self.tp)
-        return norm(x, use(self.weight, self.tp), bias, self.eps, kind=self.kind, backend=self.backend)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a residual (the norm of their sum, the sum), one pass over memory where the backend fuses them."""
+        weight, bias = use(self.weight, self.tp), None if self.bias is None else use(self.bias, self.tp)
+        if residual is None:
+            return norm(x, weight, bias, self.eps, kind=self.kind, backend=self.backend)
+        return add_norm(x, residual, weight, bias, self.eps, kind=self.kind, backend=self.backend)

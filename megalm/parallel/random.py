@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalm.ops.dropout import dropout
+from megalm.ops.dropout import bias_dropout_add
 from megalm.ops.random import DropoutKey
 from megalm.parallel.groups import TensorParallel
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which forward this is: the seed, the step (from 0) and the global index of each sample (int64 [b])."""
+    """Which forward this is: the seed, the step (from 0) and the global index of each sample (int64 [b], beside the model)."""
 
     seed: int
     step: int | Tensor
@@ -36,9 +36,11 @@ class StepContext:
         self.place = Place(self.seed, step, samples)
 
 
-def hidden_dropout(x: Tensor, probability: float, place: Place, layer: int | Tensor, op: int, tp: TensorParallel) -> Tensor:
-    """Keyed dropout of hidden states [s/tp or s, b, h]: a rank draws the mask of its own positions only."""
+def hidden_dropout(x: Tensor, residual: Tensor | None, probability: float, place: Place, layer: int | Tensor, op: int,
+                   tp: TensorParallel, backend: str) -> Tensor:
+    """residual + dropout(x) of hidden states [s/tp or s, b, h]: a rank draws the mask of its own positions only."""
     length = x.shape[0]
     start, whole = (tp.rank * length, tp.size * length) if tp.shards_sequence else (0, length)
     extents = [(start, start + length, whole), (0, x.shape[2], x.shape[2])]
-    return dropout(x, DropoutKey(place.seed, place.step, layer, op), place.samples, extents, probability)
+    key = DropoutKey(place.seed, place.step, layer, op)
+    return bias_dropout_add(x, None, residual, key, place.samples, extents, probability, backend=backend)

@@ -22,6 +22,8 @@ def intended_backends(config: Config) -> dict[str, str]:
         traits = {DTYPES[config.precision.dtype]}
         if operation == "attention" and config.model.attention_dropout > 0:
             traits.add("dropout")
+        if operation == "activation":
+            traits.add(config.model.activation)
         chosen[operation] = _first(table, operation, traits) if named == "auto" else named
     return chosen
 

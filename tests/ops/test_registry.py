@@ -12,8 +12,8 @@ import torch
 from megalm.ops import activation, attention, cross_entropy, dropout, norm, rotary, softmax
 from megalm.ops.registry import REGISTRY, Features, Registry, choose
 
-MODULES = {"attention": attention, "softmax": softmax, "norm": norm, "rotary": rotary, "activation": activation, "dropout": dropout,
-           "cross_entropy": cross_entropy}
+MODULES = {"attention": attention, "softmax": softmax, "norm": norm, "rotary": rotary, "activation": activation,
+           "dropout": dropout, "cross_entropy": cross_entropy}
 CPU = Features("cpu", torch.float32)
 
 

@@ -143,6 +143,8 @@ def extra_cases() -> Iterator[Case]:
     yield Case("gpt2", 2, 1, 2, label="zero3", zero_stage=3, optimizer="sgd")
     # Dropout of the scores needs the reference attention; without it `auto` takes the fused one.
     yield Case("llama", 2, 2, 2, True, label="fused", model=(("attention_dropout", 0.0),), recompute="selective")
+    # Without dropout of hidden states the second norm of a layer adds the residual itself.
+    yield Case("llama", 2, 1, 2, True, label="geglu", model=(("activation", "geglu"), ("dropout", 0.0)), zero_stage=3)
     yield Case("gpt2", 1, 2, 1, label="silent", silent_step=4, optimizer="sgd")
     yield Case("llama", 2, 1, 1, label="silent", silent_step=4, zero_stage=0)
     yield Case("gpt2", 2, 2, 2, True, label="bf16", dtype="bf16")

@@ -1,0 +1,64 @@
+"""A Transformer layer on the kernels, through the shim: the numbers of plain torch, eager and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from megalm.config import validate
+from megalm.model import layers
+from megalm.parallel.groups import TensorParallel
+from megalm.parallel.random import StepContext
+from megalm.plan import make_plan
+from tests.model.test_compile import quick_compiler
+
+SEQ, BATCH, HIDDEN, STEPS = 8, 2, 32, 2
+KERNELS = ("norm", "activation", "dropout")
+STYLES = {
+    "gpt2": {"activation": "gelu"},
+    "llama": {"normalization": "rms_norm", "activation": "swiglu", "position_embedding": "rotary", "bias": False},
+    "geglu": {"normalization": "rms_norm", "activation": "geglu"},
+}
+
+
+def config(style: str, backend: str, compiled: bool = False, mode: str = "none", dropout: float = 0.1):
+    return validate({
+        "model": {"num_layers": 2, "hidden_size": HIDDEN, "num_attention_heads": 4, "seq_length": SEQ, "vocab_size": 64,
+                  "ffn_hidden_size": 48, "dropout": dropout, **STYLES[style]},
+        "batch": {"micro": BATCH, "global": BATCH}, "recompute": {"mode": mode}, "optimizer": {"lr": 1e-2},
+        "precision": {"dtype": "fp32"}, "tokenizer": {"type": "bytes"}, "data": {"train": [{"path": "unused"}]},
+        "train": {"dir": "unused", "steps": STEPS, "compile": compiled}, "kernels": dict.fromkeys(KERNELS, backend),
+    })  # fmt: skip
+
+
+def run(settings) -> list[torch.Tensor]:
+    """Outputs of position and transformer layers at each step, then all gradients."""
+    context = StepContext(7)
+    described = layers(settings, make_plan(settings, 1), TensorParallel(), context)
+    modules = [layer.build().train() for layer in described if layer.name.startswith(("position", "layers."))]
+    outputs = []
+    for step in range(STEPS):
+        hidden = torch.randn(SEQ, BATCH, HIDDEN, generator=torch.Generator().manual_seed(step)).requires_grad_()
+        context.set(step, torch.arange(BATCH) + BATCH * step)
+        for module in modules:
+            hidden = module(hidden)
+        outputs.append(hidden)
+        hidden.square().sum().backward()
+    return outputs + [parameter.grad for module in modules for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_numbers_are_those_of_torch(shim, style, dropout):
+    expected = run(config(style, "torch", dropout=dropout))
+    torch.testing.assert_close(run(config(style, "megalm", dropout=dropout)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_one_graph_serves_all_layers_and_steps(shim, mode, monkeypatch):
+    expected = run(config("llama", "megalm"))
+    quick_compiler(monkeypatch)
+    found = run(config("llama", "megalm", compiled=True, mode=mode))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch.testing.assert_close(found, expected)
