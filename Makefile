@@ -1,12 +1,14 @@
 # make quickstart   raw text -> tokenizer -> a model trained on 8 ranks -> generated text, in a few minutes on a laptop
 # make test         the whole test suite                 make lint    ruff
+# make kernels      the CUDA kernels, in place, for every target; needs nvcc (CUDA_HOME, PATH or /usr/local/cuda), no GPU
+# make gpu-bundle   what an offline GPU machine lacks for tools/gpu_check.py, in one folder
 # make .venv        the virtual environment only; the others make it first where it is missing or out of date
 #
 # On a machine without a GPU, `make .venv TORCH_INDEX=URL`, the index of torch's CPU wheels, saves the download of the CUDA libraries.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint .venv
+.PHONY: quickstart test lint kernels gpu-bundle .venv
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -22,6 +24,12 @@ test: .venv
 
 lint: .venv
 	.venv/bin/ruff check .
+
+kernels: .venv
+	.venv/bin/python -m megalm.tools.build_kernels --table $(if $(CUDA_HOME),--nvcc $(CUDA_HOME)/bin/nvcc)
+
+gpu-bundle: .venv
+	.venv/bin/python -m megalm.tools.gpu_bundle
 
 .venv: $(STAMP)
 

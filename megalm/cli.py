@@ -12,6 +12,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("megalm.launch.run", "train the model of a config; starts the ranks of this machine itself"),
     "plan": ("megalm.tools.plan", "what a config means on a cluster: ranks, layers, batch, memory, FLOPs; needs no GPU"),
+    "kernels": ("megalm.tools.kernels", "what is compiled, and which backend each operation takes here and why"),
     "preprocess": ("megalm.tools.preprocess", "JSONL or plain text to .bin/.idx"),
     "train-tokenizer": ("megalm.tools.train_tokenizer", "train a SentencePiece model on text"),
     "generate": ("megalm.tools.generate", "continue a prompt with the model of a checkpoint"),

@@ -1,7 +1,7 @@
 """Build the kernels of csrc/: for GPUs with nvcc, and for a CPU with the shim that the tests use. Needs neither torch nor a GPU.
 
     python -m megalm.tools.build_kernels                 # into the package, for every target: what `make kernels` runs
-    python -m megalm.tools.build_kernels --targets sm_90a
+    python -m megalm.tools.build_kernels --targets sm_90a --out /tmp/lib
     python -m megalm.tools.build_kernels --table         # also rewrites the table of registers and spills in csrc/README.md
 
 setup.py uses the same functions. An object is compiled again only when its source, a header or a flag has changed.
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,11 @@ def headers() -> list[Path]:
     return sorted(path for pattern in ("*.h", "*.cuh") for path in CSRC.rglob(pattern))
 
 
+def sources_digest() -> str:
+    """Of all sources and headers: a library with another one was made from other sources."""
+    return _digest((), [*sources(), *headers()])
+
+
 def find_nvcc(cuda_home: str | None = None) -> str | None:
     """nvcc under `cuda_home`, on PATH, or where CUDA's installer puts it; None without one."""
     beside = [Path(home) / "bin/nvcc" for home in (cuda_home, "/usr/local/cuda") if home]
@@ -63,6 +69,8 @@ def build_cuda(folder: Path = LIBRARY_FOLDER, targets: Sequence[str] = tuple(TAR
     nvcc = nvcc or find_nvcc()
     if nvcc is None:
         raise BuildError(f"{NO_NVCC}; the kernels for GPUs need CUDA's compiler, 12.8 or newer")
+    if not sources():
+        raise BuildError(f"no sources in {CSRC}: kernels are built in a checkout, or while the package is installed from one")
     wrong = [target for target in targets if target not in TARGETS]
     if wrong or not targets:
         raise BuildError(f"no target {', '.join(wrong) or 'given'}; there are {', '.join(TARGETS)}")
@@ -73,9 +81,25 @@ def build_cuda(folder: Path = LIBRARY_FOLDER, targets: Sequence[str] = tuple(TAR
     library = folder / FILE
     _link([nvcc, "-shared", "-cudart", "static", *map(str, objects)], library)
     resources = [entry for built in objects for entry in _resources(built.with_suffix(".log").read_text())]
-    about = {"targets": list(targets), "nvcc": _version(nvcc), "seconds": round(time.monotonic() - start), "resources": resources}
+    about = {"targets": list(targets), "nvcc": _version(nvcc), "sources": sources_digest(),
+             "seconds": round(time.monotonic() - start), "resources": resources}
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     return library
+
+
+def leave_out(folder: Path, reason: str) -> None:
+    """Note in `folder` why it holds no library, for `megalm kernels` to say; an old one is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).unlink(missing_ok=True)
+    (folder / ABOUT).write_text(json.dumps({"targets": [], "not_built": reason}) + "\n")
+
+
+def first_line(error: BuildError) -> str:
+    """An error in one line: what failed, and of a compiler's output the first line that says so."""
+    head, *rest = str(error).splitlines()
+    said = [line.strip() for line in rest if line.strip()]
+    told = next((line for line in said if re.search("error|fatal", line, re.IGNORECASE)), said[0] if said else "")
+    return f"{head} {told}".strip()
 
 
 def build_shim(folder: Path, sanitize: bool = False, csrc: Path = CSRC,
@@ -104,11 +128,14 @@ def sanitizer() -> list[str]:
 def _compile(compiler: Sequence[str], files: Sequence[Path], version: str, report: Callable[[str], None]) -> list[Path]:
     """Objects of the files, in the cache, a file a core at a time; what a compiler said of each is beside it as .log."""
     CACHE.mkdir(parents=True, exist_ok=True)
+    largest_first = sorted(files, key=lambda file: -file.stat().st_size)  # a long one that began last would be waited for
+    finished = count(1)
 
     def compile_one(source: Path) -> Path:
         root = source.parent if source.suffix == ".cu" else source.parents[1]
         built = CACHE / f"{source.stem}-{_digest([version, *compiler], [source, *_included(source, root)])}.o"
         if built.exists():
+            next(finished)
             return built
         start, partial = time.monotonic(), built.with_suffix(f".{os.getpid()}.partial")
         done = subprocess.run([*compiler, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
@@ -116,11 +143,12 @@ def _compile(compiler: Sequence[str], files: Sequence[Path], version: str, repor
             raise BuildError(f"{source.name} does not compile:\n{done.stderr.strip()}")
         built.with_suffix(".log").write_text(done.stderr)
         partial.replace(built)
-        report(f"compiled {source.name} in {time.monotonic() - start:.0f} s")
+        report(f"{next(finished)} of {len(files)}: compiled {source.name} in {time.monotonic() - start:.0f} s")
         return built
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(compile_one, files))
+        objects = dict(zip(largest_first, pool.map(compile_one, largest_first), strict=True))
+    return [objects[file] for file in files]
 
 
 def _included(source: Path, root: Path) -> list[Path]:
@@ -200,22 +228,39 @@ def write_table(resources: Sequence[dict], readme: Path) -> None:
     readme.write_text(f"{before}{BEGIN}\n{table(resources)}\n{END}{rest.split(END)[1]}")
 
 
+def over_budget(resources: Sequence[dict], readme: Path = CSRC / "README.md") -> list[str]:
+    """Kernels that spill more than the README allows: `N bytes` for each, and more for those in its table of exceptions."""
+    text = readme.read_text()
+    usual = int(re.search(r"<!-- spill budget: (\d+) bytes -->", text).group(1))
+    allowed = {name: int(most) for name, most in re.findall(r"^\| `?(\w+)`? \| (\d+) bytes \|", text, re.MULTILINE)}
+    problems = set()
+    for entry in resources:
+        name = kernel_name(entry["kernel"])
+        most = allowed.get(name, usual)
+        if entry["spilled"] > most:
+            problems.add(f"{name} for {entry['target']} spills {entry['spilled']} bytes, not at most {most}")
+    return sorted(problems)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="build_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), metavar="SM",
                         help=f"of {', '.join(TARGETS)}; default: all")
     parser.add_argument("--out", type=Path, default=LIBRARY_FOLDER, help="the folder of the library; default: the package")
+    parser.add_argument("--nvcc", help="the compiler; default: of PATH, else of /usr/local/cuda")
     parser.add_argument("--table", action="store_true", help="rewrite the table in csrc/README.md")
     arguments = parser.parse_args(argv)
     try:
-        library = build_cuda(arguments.out, arguments.targets, report=lambda line: print(line, flush=True))
+        library = build_cuda(arguments.out, arguments.targets, arguments.nvcc, report=lambda line: print(line, flush=True))
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     about = json.loads((library.parent / ABOUT).read_text())
     if arguments.table:
         write_table(about["resources"], CSRC / "README.md")
+    for line in over_budget(about["resources"]) if (CSRC / "README.md").exists() else ():
+        print(f"warning: {line}")
     print(f"{library.name} for {', '.join(about['targets'])} in {about['seconds']} s")
     return 0
 

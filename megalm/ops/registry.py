@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, NamedTuple
@@ -88,9 +88,21 @@ class Registry:
 
     def order(self, op: str, device: str) -> list[str]:
         """Names that `auto` tries on this device type, fastest first."""
+        kind = self.measured_on(op, device)
+        return self.table[op] if kind is None else self.table["measured"][kind][op]
+
+    def measured_on(self, op: str, device: str) -> str | None:
+        """Whose measured order `auto` takes on this device type: the GPU's by its name, or the type's; None: nobody's."""
         measured = self.table.get("measured", {})
         kind = torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device
-        return next((measured[key][op] for key in (kind, device) if op in measured.get(key, {})), self.table[op])
+        return next((key for key in (kind, device) if op in measured.get(key, {})), None)
+
+    def candidates(self, op: str, features: Features) -> Iterator[tuple[Backend, str | None]]:
+        """Backends in the order in which `auto` tries them, each with the reason why it is passed over; None: it is taken."""
+        for name in self.order(op, features.device):
+            if name in self.backends[op]:
+                backend = self.backends[op][name]
+                yield backend, backend.supports(features) or _first_reason(backend.avoid, features)
 
     def _choose(self, op: str, name: str, features: Features) -> tuple[Backend, str]:
         backends = self.backends[op]
@@ -102,14 +114,10 @@ class Registry:
                 raise ValueError(f"kernels.{op} is {name!r}, which can't serve {' '.join(features.words())}: {reason}")
             return backends[name], "named in the configuration"
         passed = []
-        for candidate in self.order(op, features.device):
-            if candidate not in backends:
-                continue
-            backend = backends[candidate]
-            reason = backend.supports(features) or _first_reason(backend.avoid, features)
+        for backend, reason in self.candidates(op, features):
             if reason is None:
                 return backend, "; ".join([f"the fastest that serves on {features.device}", *passed])
-            passed.append(f"not {candidate}: {reason}")
+            passed.append(f"not {backend.name}: {reason}")
         raise ValueError(f"kernels.{op}: no backend serves {' '.join(features.words())} ({'; '.join(passed)})")
 
 
