@@ -11,16 +11,30 @@ Run = Callable[..., Tensor | tuple[Tensor, ...]]
 """A differentiable function of tensors."""
 
 
+_drawn: list[tuple[int, str]] = [(0, "cpu")]
+
+
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    """Normal float64 values, on the CPU."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Normal float64 values, on the CPU, and the same ones in every run; under `fresh` neither."""
+    offset, device = _drawn[-1]
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed + offset), dtype=torch.float64, device=device)
+
+
+@contextmanager
+def fresh(offset: int, device: str) -> Iterator[None]:
+    """Inside, `randn` draws other values, by `offset`, and on this device: large ones take seconds on a CPU."""
+    _drawn.append((offset, device))
+    try:
+        yield
+    finally:
+        _drawn.pop()
 
 
 def outputs(function: Run, tensors: Sequence[Tensor], dtype: torch.dtype, device: str = "cpu",
             grads: Sequence[Tensor] | None = None) -> list[Tensor]:
     """function(*tensors) and, for given gradients of its results, the gradient of each floating-point tensor; all as float64.
 
-    tensors and grads: float64, on the CPU; integers and masks pass as they are.
+    tensors and grads: float64, wherever they are; integers and masks pass as they are. The results are on `device`.
     """
     def placed(tensor: Tensor) -> Tensor:
         # An alias of an argument must not be written through, so each is a tensor of its own.
@@ -35,7 +49,7 @@ def outputs(function: Run, tensors: Sequence[Tensor], dtype: torch.dtype, device
         paired = [(result, grad.to(device, result.dtype)) for result, grad in zip(results, grads, strict=True)
                   if result.requires_grad]
         found += torch.autograd.grad([result for result, _ in paired], differentiable, [grad for _, grad in paired])
-    return [value.double().cpu() for value in found]
+    return [value.double() for value in found]
 
 
 @contextmanager
@@ -71,21 +85,32 @@ def worse_than_twice(got: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dty
     return None
 
 
-def assert_within_twice(ours: Run, plain: Run, exact: Run, tensors: Sequence[Tensor], grads: Tensor | Sequence[Tensor] | None,
-                        dtype: torch.dtype, device: str = "cpu") -> list[tuple[float, float]]:
-    """Hold every result and gradient of `ours` to `worse_than_twice`; `exact` runs in float64 on the values that dtype can hold.
+Compared = list[tuple[Tensor, Tensor, Tensor]]
+"""(ours, plain, exact) of each result and gradient, float64."""
 
-    Returns (error of ours, error of plain torch), root mean squares, for each. Raises AssertionError.
-    """
-    grads = [grads] if isinstance(grads, Tensor) else grads
+
+def compare(ours: Run, plain: Run, exact: Run, tensors: Sequence[Tensor], grads: Sequence[Tensor] | None, dtype: torch.dtype,
+            device: str = "cpu") -> Compared:
+    """All three on the values that dtype can hold; `exact` runs in float64, `ours` into memory that holds NaN."""
     tensors = [tensor.to(dtype).double() if tensor.is_floating_point() else tensor for tensor in tensors]
     grads = None if grads is None else [grad.to(dtype).double() for grad in grads]
-    expected = outputs(exact, tensors, torch.float64, grads=grads)
+    expected = outputs(exact, tensors, torch.float64, device, grads)
     reference = outputs(plain, tensors, dtype, device, grads)
     with poisoned():
         got = outputs(ours, tensors, dtype, device, grads)
-    assert len(got) == len(reference) == len(expected)
-    for index, (a, b, e) in enumerate(zip(got, reference, expected, strict=True)):
-        problem = worse_than_twice(a, b, e, dtype)
+    return list(zip(got, reference, expected, strict=True))
+
+
+def judge(compared: Compared, dtype: torch.dtype) -> list[tuple[float, float]]:
+    """Hold every result to `worse_than_twice`; (error of ours, of plain torch) of each, root mean squares. Raises AssertionError."""
+    for index, (got, plain, exact) in enumerate(compared):
+        problem = worse_than_twice(got, plain, exact, dtype)
         assert problem is None, f"output {index} at {str(dtype).removeprefix('torch.')}: {problem}"
-    return [(errors(a, e)[0], errors(b, e)[0]) for a, b, e in zip(got, reference, expected, strict=True)]
+    return [(errors(got, exact)[0], errors(plain, exact)[0]) for got, plain, exact in compared]
+
+
+def assert_within_twice(ours: Run, plain: Run, exact: Run, tensors: Sequence[Tensor], grads: Tensor | Sequence[Tensor] | None,
+                        dtype: torch.dtype, device: str = "cpu") -> list[tuple[float, float]]:
+    """`judge` of `compare`."""
+    grads = [grads] if isinstance(grads, Tensor) else grads
+    return judge(compare(ours, plain, exact, tensors, grads, dtype, device), dtype)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megalm.tools.kernel_cases.accuracy import assert_within_twice
+from megalm.tools.kernel_cases.accuracy import Compared, compare, judge
 
 HALF_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,7 +28,11 @@ class Case:
     plain: str = "torch"
     dtypes: Sequence[torch.dtype] = HALF_AND_FULL
 
+    def compare(self, dtype: torch.dtype, device: str = "cpu") -> Compared:
+        """(ours, plain, exact) of each result and gradient."""
+        ours, plain, exact = (partial(self.run, backend=name) for name in ("megalm", self.plain, "reference"))
+        return compare(ours, plain, exact, self.inputs(), None if self.grads is None else self.grads(), dtype, device)
+
     def check(self, dtype: torch.dtype, device: str = "cpu") -> list[tuple[float, float]]:
         """(error, error of plain torch) of each result and gradient. Raises AssertionError."""
-        ours, plain, exact = (partial(self.run, backend=name) for name in ("megalm", self.plain, "reference"))
-        return assert_within_twice(ours, plain, exact, self.inputs(), None if self.grads is None else self.grads(), dtype, device)
+        return judge(self.compare(dtype, device), dtype)

@@ -1,0 +1,1 @@
+"""The parts of tools/gpu_check.py: a supervisor that imports no torch, and the stages, each a process of its own."""
