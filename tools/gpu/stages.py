@@ -183,7 +183,7 @@ def _case(settings: Settings, case: Any) -> dict[str, Any]:
 
 
 def _errors(settings: Settings, case: Any, dtype: Any) -> list[tuple[float, float]]:
-    """(ours, torch's) of each result. The largest error of few elements is a matter of luck: there, more draws decide together."""
+    """(ours, torch's) of each result. The largest error of few elements is a matter of luck: more draws decide."""
     import torch
 
     from megalm.tools.kernel_cases.accuracy import judge
@@ -195,6 +195,7 @@ def _errors(settings: Settings, case: Any, dtype: Any) -> list[tuple[float, floa
         if max(exact.numel() for _, _, exact in found) > MANY:
             raise
     draws = [found, *(_drawn(settings, draw, lambda: case.compare(dtype, settings.device)) for draw in range(1, DRAWS))]
+
     def together(index: int) -> tuple[torch.Tensor, ...]:
         return tuple(torch.cat([draw[index][side].flatten() for draw in draws]) for side in range(3))
 

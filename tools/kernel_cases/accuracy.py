@@ -102,7 +102,7 @@ def compare(ours: Run, plain: Run, exact: Run, tensors: Sequence[Tensor], grads:
 
 
 def judge(compared: Compared, dtype: torch.dtype) -> list[tuple[float, float]]:
-    """Hold every result to `worse_than_twice`; (error of ours, of plain torch) of each, root mean squares. Raises AssertionError."""
+    """Hold every result to `worse_than_twice`: root mean square errors (of ours, of plain torch). Raises AssertionError."""
     for index, (got, plain, exact) in enumerate(compared):
         problem = worse_than_twice(got, plain, exact, dtype)
         assert problem is None, f"output {index} at {str(dtype).removeprefix('torch.')}: {problem}"
