@@ -25,7 +25,7 @@ from megalm.tools._command import Parser, run
 from megalm.tools.gpu.report import failures, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 90  # until a worker's first line: imports, and a GPU's first use
+START_SECONDS = 150  # until a worker's first line: imports, and a GPU's first use
 POLL_SECONDS = 0.05
 TAIL_LINES = 15
 

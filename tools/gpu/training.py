@@ -53,8 +53,8 @@ def _runs(model: str, sets: Sequence[str] = SETS, **sizes: int) -> list[Run]:
     return [Run(model, kernels, **sizes) for kernels in sets]
 
 
-RUNS = [*_runs("1.5B", layers=16, hidden=2048, heads=32, groups=8, ffn=8192, vocab=128256, seq=4096, micro=2, batch=4),
-        *_runs("3.6B", layers=28, hidden=3072, heads=24, groups=8, ffn=8192, vocab=128256, seq=4096, micro=1, batch=4)]
+RUNS = [*_runs("1.2B", layers=16, hidden=2048, heads=32, groups=8, ffn=8192, vocab=128256, seq=4096, micro=2, batch=4),
+        *_runs("3.2B", layers=28, hidden=3072, heads=24, groups=8, ffn=8192, vocab=128256, seq=4096, micro=1, batch=4)]
 DRY_RUN = _runs("tiny", ("megalm", "reference"), layers=1, hidden=32, heads=2, groups=1, ffn=64, vocab=128, seq=8, micro=1,
                 batch=2, steps=3, warmup=1)
 
@@ -72,7 +72,7 @@ def config(run: Run) -> Config:
         "model": {
             "num_layers": run.layers, "hidden_size": run.hidden, "num_attention_heads": run.heads, "num_query_groups": run.groups,
             "seq_length": run.seq, "ffn_hidden_size": run.ffn, "vocab_size": run.vocab, "normalization": "rms_norm",
-            "activation": "swiglu", "position_embedding": "rotary", "bias": False, "tie_embeddings": False,
+            "activation": "swiglu", "position_embedding": "rotary", "bias": False, "tie_embeddings": True,
         },
         "parallel": {"zero_stage": 1},
         "batch": {"micro": run.micro, "global": run.batch},
