@@ -5,8 +5,9 @@ A check knows the config alone; what needs the world size or the tokenizer's voc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .explain import short
 from .schema import Config
 
 
@@ -166,12 +167,32 @@ FIXED = {
         "megalm keeps it true, because the norm is logged and tells whether a step must be skipped",
     "bf16.bf16_master_weights_and_grads":
         "megalm keeps it false: masters and accumulated gradients are fp32",
+    "bf16.check_grad_overflow":
+        "megalm keeps it true: without it a gradient that isn't finite goes into the weights",
+    "gradient_allreduce_op":
+        "megalm keeps it at mean, which the scale of the loss counts on",
     "zero_optimization.parameter_alignment":
         "megalm keeps it false, so that the plan's bytes are the engine's",
+    **dict.fromkeys(("zero_optimization.offload_optimizer", "zero_optimization.offload_param",
+                     "zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param"),
+                    "megalm doesn't offload yet: its plans, optimizers and checkpoints know the device's memory only"),
+}
+# What megalm itself reads of the section, and what it must be; DeepSpeed judges the rest when a run starts.
+READ: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "zero_optimization.reduce_bucket_size": ("a number of elements", lambda value: type(value) in (int, float) and value >= 1),
+    "bf16.immediate_grad_update": ("true or false", lambda value: type(value) is bool),
 }
 
 
 def _deepspeed(config: Config) -> Iterator[Problem]:
+    for section in dict.fromkeys(key.partition(".")[0] for key in (*DERIVED, *FIXED) if "." in key):
+        value = config.deepspeed.get(section, {})
+        if not isinstance(value, dict):
+            yield Problem((f"deepspeed.{section}",), f"deepspeed.{section}: an object expected, {short(value)} given")
+    for key, (expected, right) in READ.items():
+        value = config.passed_on(key, _ABSENT)
+        if value is not _ABSENT and not right(value):
+            yield Problem((f"deepspeed.{key}",), f"deepspeed.{key}: {expected} expected, {short(value)} given")
     for table, reason in ((DERIVED, "megalm derives it from {}; set that"), (FIXED, "{}")):
         for key, word in table.items():
             value = config.passed_on(key, _ABSENT)

@@ -56,7 +56,8 @@ def quiet() -> Iterator[None]:
         with contextlib.redirect_stdout(said):
             yield
     except BaseException:
-        print(said.getvalue(), flush=True)
+        if said.getvalue():
+            print(said.getvalue(), flush=True)
         raise
 
 

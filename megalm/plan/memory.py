@@ -114,7 +114,7 @@ def _touched(group: list[int], partition: int, dp: int) -> int:
 def _working(config: Config, plan: Plan, pp: int) -> int:
     width, total = WIDTH[config.precision.dtype], 0
     if plan.wrapper.startswith("DeepSpeedZeroOptimizer"):
-        total += config.passed_on("zero_optimization.reduce_bucket_size", REDUCE_BUCKET) * width
+        total += int(config.passed_on("zero_optimization.reduce_bucket_size", REDUCE_BUCKET)) * width
     if plan.zero_stage == 3:
         layers = [parameters.parameter_sizes(parameters.layer_parts(config, plan, layer), plan.tp)
                   for layer in plan.stage_layers(pp)]

@@ -43,6 +43,16 @@ IMPOSSIBLE = [
     (dict(tokenizer={"type": "sentencepiece", "path": "x", "eod": "</s>"}),
      'tokenizer.eod: "</s>" given, but type "sentencepiece" has its own'),
     (dict(train={"eval_every": 5}), "train.eval_every: 5, but data.valid is empty"),
+    (dict(deepspeed={"bf16": True}), "deepspeed.bf16: an object expected, true given"),
+    (dict(deepspeed={"zero_optimization": 2}), "deepspeed.zero_optimization: an object expected, 2 given"),
+    (dict(deepspeed={"zero_optimization": {"reduce_bucket_size": "5e8"}}),
+     'deepspeed.zero_optimization.reduce_bucket_size: a number of elements expected, "5e8" given'),
+    (dict(deepspeed={"bf16": {"immediate_grad_update": 1}}),
+     "deepspeed.bf16.immediate_grad_update: true or false expected, 1 given"),
+    (dict(deepspeed={"bf16": {"check_grad_overflow": False}}),
+     "deepspeed.bf16.check_grad_overflow: False given, but megalm keeps it true"),
+    (dict(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+     "deepspeed.zero_optimization.offload_optimizer: {'device': 'cpu'} given, but megalm doesn't offload yet"),
 ]
 
 POSSIBLE = [
@@ -58,7 +68,8 @@ POSSIBLE = [
     dict(schedule={"warmup_steps": 10}),
     dict(tokenizer={"type": "huggingface", "path": "t.json", "eod": "<eos>"}),
     dict(train={"eval_every": 5}, data={"valid": [{"path": "v"}]}),
-    dict(deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}, "bf16": {"check_grad_overflow": False}}),
+    dict(deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}, "bf16": {"immediate_grad_update": True}}),
+    dict(deepspeed={"zero_optimization": {"reduce_bucket_size": 5e8}}),
 ]
 
 
