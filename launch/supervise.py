@@ -14,12 +14,12 @@ from pathlib import Path
 from megalm.launch import output
 from megalm.launch.process import describe_status, end_descendants
 from megalm.launch.rank import INTERRUPTED, USER_ERROR
+from megalm.parallel.stop import SECOND_SIGINT_SECONDS
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # from the first failure to SIGKILL for the rest: time for their own last words
 FLUSH_SECONDS = 1.0  # where the job didn't end well: for the last of rank 0's output
 LEFTOVER_SECONDS = 10.0  # for helpers of ranks that ended well (loggers that are still writing)
-SECOND_INTERRUPT_SECONDS = 2.0  # terminals and impatient fingers repeat a Ctrl-C; only a later one means "at once"
 TAIL_LINES = 20
 
 
@@ -65,7 +65,7 @@ class Interrupts:
         now = time.monotonic()
         if self.first is None:
             self.first = now
-        elif number == signal.SIGINT and now - self.first >= SECOND_INTERRUPT_SECONDS:
+        elif number == signal.SIGINT and now - self.first >= SECOND_SIGINT_SECONDS:
             self.at_once = True
 
 

@@ -20,6 +20,13 @@ def fail(message: str) -> int:
     return 2
 
 
+def positive(text: str) -> int:
+    """The type of an option that is a number of at least 1."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
+
+
 def run(parser: Parser, work: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
     """Parse, work, and turn what the user or the machine did wrong into an exit code."""
     try:

@@ -25,7 +25,7 @@ from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
 from megalm.parallel.sharding import part_slices
 from megalm.plan import Plan, make_plan
-from megalm.tools._command import Parser, run
+from megalm.tools._command import Parser, positive, run
 
 ONE_DEVICE = (
     "parallel={}", "batch.micro=1", "batch.global=1", "recompute.mode=none", "kernels={}", "deepspeed={}", "train.compile=false",
@@ -38,18 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="megalm generate", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's folder, or one checkpoint in it")
     parser.add_argument("--prompt", required=True, help="the text to go on from; empty: the start of a document")
-    parser.add_argument("--max-new-tokens", type=_positive, default=100, metavar="N",
+    parser.add_argument("--max-new-tokens", type=positive, default=100, metavar="N",
                         help="default 100; the end of the document ends it too")
     parser.add_argument("--temperature", type=float, default=1.0, help="default 1; 0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach this probability")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing; the same seed, the same text")
     return run(parser, _generate, argv)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
-    return int(text)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from megalm.data.tokenizer import load_tokenizer
 from megalm.plan import Plan, PlanError, flops, make_plan
 from megalm.plan.memory import memory
 from megalm.plan.parameters import model_size
-from megalm.tools._command import Parser, run
+from megalm.tools._command import Parser, positive, run
 
 USUAL_GPUS_PER_NODE = 8
 MANY_ROWS = 16
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Intermixed(prog="megalm plan", description=__doc__.partition("\n\n")[0])
     parser.add_argument("config", help="the JSON file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values in place of the file's")
-    parser.add_argument("--nodes", type=_positive, help="machines of the cluster")
-    parser.add_argument("--gpus-per-node", type=_positive, help=f"default with --nodes: {USUAL_GPUS_PER_NODE}")
+    parser.add_argument("--nodes", type=positive, help="machines of the cluster")
+    parser.add_argument("--gpus-per-node", type=positive, help=f"default with --nodes: {USUAL_GPUS_PER_NODE}")
     parser.add_argument("--json", action="store_true", help="everything, every rank's place included, as one JSON object")
     return run(parser, _plan, argv)
 
@@ -44,12 +44,6 @@ class _Intermixed(Parser):
 
     def parse_args(self, args=None, namespace=None):
         return self.parse_intermixed_args(args, namespace)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
-    return int(text)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from .errors import ConfigError
-from .load import config_hash, load, validate
+from .load import load, validate
 from .schema import Config
 
-__all__ = ["Config", "ConfigError", "config_hash", "load", "validate"]
+__all__ = ["Config", "ConfigError", "load", "validate"]

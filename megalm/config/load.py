@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,9 +138,3 @@ def _parse_value(text: str) -> Any:
         return jsonc.parse(text, text)
     except ConfigError:
         return text
-
-
-def config_hash(config: Config) -> str:
-    """SHA-256 of the resolved config: equal for equal configs, whatever the file's order, comments or defaults left out."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import TYPE_CHECKING
 
-from megalm.parallel.groups import Groups
+if TYPE_CHECKING:  # it imports torch, and the launcher, which doesn't, takes the number below
+    from megalm.parallel.groups import Groups
 
-SECOND_SIGINT_SECONDS = 2.0
+SECOND_SIGINT_SECONDS = 2.0  # terminals and impatient fingers repeat a Ctrl-C; only a later one means "at once"
 
 
 class StopSignal:
     """Installed by `with`; the previous handlers come back afterwards."""
 
     def __init__(self) -> None:
-        self.name: str | None = None
         self._first: float | None = None
         self._previous: dict[int, object] = {}
 
@@ -35,10 +36,10 @@ class StopSignal:
     def _received(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if self._first is None:
-            self._first, self.name = now, signal.Signals(number).name
+            self._first = now
         elif number == signal.SIGINT and now - self._first >= SECOND_SIGINT_SECONDS:
             os._exit(128 + number)  # the user insists: no atexit, no collective that might wait for others
 
     def agreed(self, groups: Groups) -> bool:
         """True on every rank once any rank was asked to stop. Collective, once a step."""
-        return groups.any(self.name is not None)
+        return groups.any(self._first is not None)

@@ -117,11 +117,6 @@ def _refuse_unshared(folder: Path, key: str, missing: list[int]) -> None:
                           f"what is written here isn't seen by {len(missing)} of them, rank {missing[0]} first")
 
 
-def launched_world() -> int:
-    """How many ranks the launcher started; 1 where there was none."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def connect(device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> World:
     """Join the process group that the launcher described in the environment.
 

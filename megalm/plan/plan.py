@@ -54,10 +54,6 @@ class Plan:
         """Every dp group's ranks, in the same order on every rank."""
         return self.topology.dp_groups()
 
-    def pp_groups(self) -> list[list[int]]:
-        """Every pipeline's ranks, first stage first, in the same order on every rank."""
-        return self.topology.pp_groups()
-
     def stage_layers(self, pp: int) -> tuple[str, ...]:
         """Names of the layers that stage `pp` holds."""
         return self.layers[self.stages[pp]:self.stages[pp + 1]]

@@ -45,7 +45,3 @@ class Topology:
     def dp_groups(self) -> list[list[int]]:
         """Ranks that hold the same weights and see different samples."""
         return [[self.rank(pp=pp, dp=dp, tp=tp) for dp in range(self.dp)] for pp in range(self.pp) for tp in range(self.tp)]
-
-    def pp_groups(self) -> list[list[int]]:
-        """Ranks that form one pipeline, first stage first."""
-        return [[self.rank(pp=pp, dp=dp, tp=tp) for pp in range(self.pp)] for dp in range(self.dp) for tp in range(self.tp)]

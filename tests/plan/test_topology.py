@@ -25,7 +25,7 @@ def test_places_and_groups_are_deepspeeds(pp, dp, tp, grid_class):
         coordinate = theirs.get_coord(rank)
         assert ours.place(rank) == Place(pp=coordinate.pipe, dp=coordinate.data, tp=coordinate.model)
         assert ours.rank(pp=coordinate.pipe, dp=coordinate.data, tp=coordinate.model) == rank
-    for groups, axis in ((ours.tp_groups(), "model"), (ours.dp_groups(), "data"), (ours.pp_groups(), "pipe")):
+    for groups, axis in ((ours.tp_groups(), "model"), (ours.dp_groups(), "data")):
         # DeepSpeed makes no groups along an axis of one rank
         single = [[rank] for rank in range(ours.world_size)]
         assert sorted(groups) == sorted(theirs.get_axis_comm_lists(axis) or single)
@@ -40,7 +40,6 @@ def test_eight_ranks_written_out():
     grid = Topology(pp=2, dp=2, tp=2)
     assert [grid.place(rank) for rank in range(4)] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
     assert grid.dp_groups() == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert grid.pp_groups() == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 def test_no_such_rank():
