@@ -28,13 +28,14 @@ from megalm.parallel.sharding import Part, declared
 from megalm.plan import Plan
 
 COUNTERS = ("skipped_steps", "global_steps", "global_samples", "micro_steps")
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Of one optimizer step: token-mean loss, gradient norm before clipping, whether it was skipped as non-finite, its rate.
 
-    `rescaled`: it was skipped only because fp16's loss scale was too high, which the next step's lower one mends.
+    `rescaled`: it was skipped only because fp16's loss scale was too high, which a lower one mends.
     """
 
     loss: float
@@ -42,6 +43,11 @@ class StepResult:
     skipped: bool
     lr: float
     rescaled: bool = False
+
+    @property
+    def bad(self) -> bool:
+        """Loss or gradients were not finite; if it wasn't skipped either, the weights can't be trusted any more."""
+        return not self.rescaled and (self.skipped or not (math.isfinite(self.loss) and math.isfinite(self.grad_norm)))
 
 
 class Engine:
@@ -59,6 +65,8 @@ class Engine:
         bare = self.deepspeed.optimizer is optimizer
         wrapper = "none" if bare else type(self.deepspeed.optimizer).__name__
         assert wrapper == plan.wrapper, (wrapper, plan.wrapper)
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # what to do about it is train.max_bad_steps' decision
 
     @property
     def deepspeed(self) -> Any:
@@ -78,15 +86,17 @@ class Engine:
         lr = lr_at(self.config.schedule, self.config.optimizer.lr, self.config.train.steps, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        scale_can_fall = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
         loss = float(self.driver.train(step, batches, self._scale(batches), self._before_step))
         norm = float(self._own_norm if self.plan.wrapper == "none" else self.deepspeed.get_global_grad_norm())
         skipped = not math.isfinite(norm) if self.plan.wrapper == "none" else bool(self.deepspeed.optimizer.overflow)
-        return StepResult(loss, norm, skipped, lr, skipped and math.isfinite(loss) and self._scale_can_fall())
+        return StepResult(loss, norm, skipped, lr, skipped and math.isfinite(loss) and scale_can_fall)
 
-    def _scale_can_fall(self) -> bool:
-        """True under dynamic loss scaling above its floor."""
+    @property
+    def _scaler(self) -> Any | None:
+        """What finds fp16's loss scale; None where that is fixed or there is none."""
         scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        return self.config.precision.dtype == "fp16" and getattr(scaler, "dynamic", False) and scaler.cur_scale > scaler.min_scale
+        return scaler if self.config.precision.dtype == "fp16" and getattr(scaler, "dynamic", False) else None
 
     def _scale(self, batches: Sequence[MicroBatch]) -> Tensor:
         """accumulation x dp / (labels that count in the step), where the loss is; elsewhere nobody reads it."""
@@ -130,9 +140,8 @@ class Engine:
         engine = self.deepspeed
         counters = {"optimizer_step": state.optimizer_step(engine, self.optimizer)}
         counters |= {name: getattr(engine, name) for name in COUNTERS}
-        scaler = getattr(engine.optimizer, "loss_scaler", None)
-        if self.config.precision.dtype == "fp16" and scaler is not None:
-            counters["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)}
+        if self._scaler is not None:
+            counters["loss_scaler"] = {name: getattr(self._scaler, name) for name in SCALER_STATE}
         return counters
 
     def refresh(self, counters: dict[str, Any]) -> None:
@@ -141,8 +150,9 @@ class Engine:
         state.refresh(engine, self.optimizer, counters["optimizer_step"])
         for name in COUNTERS:
             setattr(engine, name, counters[name])
-        for name, value in counters.get("loss_scaler", {}).items():
-            setattr(engine.optimizer.loss_scaler, name, value)
+        if self._scaler is not None and "loss_scaler" in counters:
+            for name in SCALER_STATE:
+                setattr(self._scaler, name, counters["loss_scaler"][name])
 
 
 def build(config: Config, plan: Plan, groups: Groups, context: StepContext, layers: Sequence[LayerDescription]) -> Engine:
