@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from megalm.checkpoint import CheckpointError
 from megalm.config import Config, ConfigError, load
 from megalm.data import DataError, Loader, build_dataset, cache_folder, load_tokenizer
 from megalm.data.tokenizer import Tokenizer
+from megalm.engine.ds_config import check_deepspeed
 from megalm.engine.engine import Engine, build
 from megalm.metrics import Logger
 from megalm.model import choose_kernels, layers
@@ -29,7 +31,7 @@ USER_ERRORS = (ConfigError, PlanError, DataError, CheckpointError, LaunchError)
 def run(config_path: str, overrides: Sequence[str] = ()) -> int:
     """Train in this rank process; every rank of the launched world calls it. Returns the exit code.
 
-    0: finished, or stopped politely with a checkpoint; 1: gave up (train.max_bad_steps); 2: a user's mistake, one line each.
+    0: finished, or stopped politely with a checkpoint; 1: gave up on bad steps; 2: a user's mistake, one line each.
     """
     with StopSignal() as stop:
         try:
@@ -41,7 +43,7 @@ def run(config_path: str, overrides: Sequence[str] = ()) -> int:
 
 @dataclass
 class Run:
-    """The pieces of one rank's training run."""
+    """The pieces of one rank's training run, and how many training samples all ranks have drawn."""
 
     config: Config
     groups: Groups
@@ -51,6 +53,7 @@ class Run:
     logger: Logger
     stop: StopSignal
     tokenizer_files: list[Path]
+    consumed: int
 
 
 def train(config: Config, stop: StopSignal) -> int:
@@ -59,27 +62,26 @@ def train(config: Config, stop: StopSignal) -> int:
     shake_hands(world, checkpoint.flatten(config.model_dump(mode="json")))
     notes: list[str] = []
     tokenizer, plan, kernels = world.agreed(lambda: _derive(config, world))
+    check_deepspeed(config, plan)
     groups = start(plan, world=world)
     groups.require_shared(Path(config.train.dir), "train.dir")
-    source = groups.from_first(lambda: _source(config, plan, notes))
+    source = groups.from_first(lambda: _source(config, plan, tokenizer, notes))
     if source.finished:
         return _nothing_to_do(groups, config, source.step)
-    loader, valid = groups.agreed(lambda: _loaders(config, groups, tokenizer.eod))
-    context = StepContext(config.train.seed)
-    engine = build(config, plan, groups, context, layers(config, plan, groups.tp, context, groups.device))
-    if source.path is not None:
-        loaded = checkpoint.load(source.path, engine, groups, weights_only=source.weights_only,
-                                 allow_changes=config.checkpoint.allow_changes)
-        notes += loaded.notes
-    notes += [*plan.notes, *kernels, *(f"data: {share}" for share in loader.dataset.shares)]
-    logger = Logger(config, plan, rank=groups.rank, first_step=source.step)
-    try:
-        for note in notes:
-            logger.note(note)
-        return _loop(Run(config, groups, engine, loader, valid, logger, stop, tokenizer.files()), source.step)
-    finally:
-        loader.close()
-        logger.close()
+    loader, valid = groups.agreed(lambda: _loaders(config, groups, tokenizer.eod, source))
+    with loader, valid or contextlib.nullcontext():
+        context = StepContext(config.train.seed)
+        described = layers(config, plan, groups.tp, context, groups.device, initial=not source.replaces_all)
+        engine = build(config, plan, groups, context, described)
+        if source.path is not None:
+            notes += checkpoint.load(source.path, engine, groups, weights_only=source.weights_only,
+                                     allow_changes=config.checkpoint.allow_changes)
+        notes += [*plan.notes, *kernels, *(f"data: {share}" for share in loader.dataset.shares)]
+        with contextlib.closing(Logger(config, plan, rank=groups.rank, first_step=source.step)) as logger:
+            for note in notes:
+                logger.note(note)
+            run = Run(config, groups, engine, loader, valid, logger, stop, tokenizer.files(), source.consumed)
+            return _loop(run, source.step)
 
 
 def _derive(config: Config, world: World) -> tuple[Tokenizer, Plan, list[str]]:
@@ -98,24 +100,33 @@ def _derive(config: Config, world: World) -> tuple[Tokenizer, Plan, list[str]]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a run's weights come from (None: drawn anew) and the step it goes on from."""
+    """Where a run's weights come from (None: drawn anew), the step it goes on from, and the samples drawn until then.
+
+    `replaces_all`: loading leaves nothing of the initial weights, so that nobody needs to compute them.
+    """
 
     path: Path | None = None
     step: int = 0
+    consumed: int = 0
     weights_only: bool = False
+    replaces_all: bool = False
     finished: bool = False
 
 
-def _source(config: Config, plan: Plan, notes: list[str]) -> Source:
+def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str]) -> Source:
     """The run's own newest checkpoint, else checkpoint.init_from's weights, else nothing."""
     resumed = checkpoint.choose(config.train.dir, config.checkpoint.resume, notes.append)
     if resumed is None:
-        first = config.checkpoint.init_from
-        return Source() if first is None else Source(checkpoint.find(first, notes.append), weights_only=True)
-    step = checkpoint.read_manifest(resumed)["step"]
-    changes = checkpoint.check_resume(resumed, config, plan)
+        if config.checkpoint.init_from is None:
+            return Source()
+        first = checkpoint.find(config.checkpoint.init_from, notes.append)
+        return Source(first, weights_only=True, replaces_all=checkpoint.replaces_all(first, plan))
+    manifest = checkpoint.read_manifest(resumed)
+    step, consumed = manifest["step"], manifest["consumed_samples"]
+    changes = checkpoint.check_resume(resumed, config, plan, tokenizer.files())
     notes += [f"going on from step {step}, {resumed}", *(f"changed: {difference}" for difference in changes)]
-    return Source(resumed, step, finished=step >= _last_step(config))
+    replaces_all, finished = checkpoint.replaces_all(resumed, plan), step >= _last_step(config)
+    return Source(resumed, step, consumed, replaces_all=replaces_all, finished=finished)
 
 
 def _last_step(config: Config) -> int:
@@ -132,7 +143,7 @@ def _nothing_to_do(groups: Groups, config: Config, step: int) -> int:
     return 0
 
 
-def _loaders(config: Config, groups: Groups, eod: int | None) -> tuple[Loader, Loader | None]:
+def _loaders(config: Config, groups: Groups, eod: int | None, source: Source) -> tuple[Loader, Loader | None]:
     """Training and validation micro-batches of this rank; the sample indices are built once per filesystem."""
     plan, data = groups.plan, config.data
 
@@ -145,7 +156,8 @@ def _loaders(config: Config, groups: Groups, eod: int | None) -> tuple[Loader, L
                       dp_rank=groups.place.dp, needs_tokens=groups.place.pp in (0, plan.pp - 1), eod=eod,
                       mask_eod=data.mask_eod, vocab_size=plan.vocab_size)
 
-    training = loader(data.train, config.train.steps * plan.global_batch, plan.global_batch)
+    samples = source.consumed + (config.train.steps - source.step) * plan.global_batch
+    training = loader(data.train, samples, plan.global_batch)
     if not data.valid:
         return training, None
     # An evaluation takes as many micro-batches as its samples fill, at most a step's.
@@ -163,18 +175,21 @@ def _loop(run: Run, first: int) -> int:
     config, last = run.config, run.config.train.steps
     bad, saved = 0, first
     for step in range(first, last):
-        result = run.engine.train_step(step, run.loader.step(step))
+        result = run.engine.train_step(step, run.loader.batch(run.consumed))
         done = step + 1
-        bad = bad + 1 if result.skipped and not result.rescaled else 0
-        run.logger.step(done, result)
+        run.consumed += run.groups.plan.global_batch
+        bad = bad + 1 if result.bad else 0
+        run.logger.step(done, result, run.consumed)
+        if result.bad and not result.skipped:
+            return _give_up(run, f"step {done} changed the weights with a loss or gradients that are not finite", saved)
         if bad == config.train.max_bad_steps:
-            return _give_up(run, bad, saved)
+            return _give_up(run, f"{bad} steps in a row with non-finite loss or gradients", saved)
         if _due(done, config.train.eval_every) or (done == last and config.train.eval_every):
             _evaluate(run, done)
         leaving = done == _last_step(config) or run.stop.agreed(run.groups)
         if leaving or _due(done, config.checkpoint.every):
-            checkpoint.save(config.train.dir, done, run.engine, run.groups, config, run.groups.plan, run.tokenizer_files,
-                            report=run.logger.note)
+            checkpoint.save(config.train.dir, done, run.consumed, run.engine, run.groups, config, run.groups.plan,
+                            run.tokenizer_files, report=run.logger.note)
             saved = done
         if leaving:
             break
@@ -184,10 +199,10 @@ def _loop(run: Run, first: int) -> int:
     return 0
 
 
-def _give_up(run: Run, bad: int, saved: int) -> int:
+def _give_up(run: Run, why: str, saved: int) -> int:
     """Every rank says why, since a launcher shows the log of whichever leaves first; none leaves before rank 0 has closed."""
     kept = f"the newest checkpoint is that of step {saved}" if saved else "there is no checkpoint yet"
-    print(f"megalm: stopped: {bad} steps in a row with non-finite loss or gradients; {kept}", file=sys.stderr, flush=True)
+    print(f"megalm: stopped: {why}; {kept}", file=sys.stderr, flush=True)
     run.logger.close()
     run.groups.barrier()
     return FAILED
@@ -202,7 +217,7 @@ def _evaluate(run: Run, step: int) -> None:
     if run.valid is None:
         return
     loss, tokens = 0.0, 0
-    for index in range(run.valid.num_steps):
-        more_loss, more_tokens = run.engine.evaluate(run.valid.step(index))
+    for first in run.valid.starts:
+        more_loss, more_tokens = run.engine.evaluate(run.valid.batch(first))
         loss, tokens = loss + more_loss, tokens + more_tokens
     run.logger.evaluation(step, loss / max(tokens, 1))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import shutil
 
 import pytest
 import torch
 
-from megalm.checkpoint import find
+from megalm.checkpoint import find, read_manifest
 from tests import dist, training
 
 LAYOUTS = {
@@ -17,6 +19,9 @@ LAYOUTS = {
     "one-zero0": (1, {"parallel": {"zero_stage": 0}}),
     "pp2-dp2": (4, {"parallel": {"pp": 2, "dp": 2}}),
     "dp2-zero2-bf16": (2, {"parallel": {"dp": 2, "zero_stage": 2}, "precision": {"dtype": "bf16"}}),
+    "dp2-zero3-bf16": (2, {"parallel": {"dp": 2, "zero_stage": 3}, "precision": {"dtype": "bf16"}}),
+    "pp2-sgd": (2, {"parallel": {"pp": 2}, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "clip_grad_norm": 0.5}}),
+    "one-zero0-sgd": (1, {"parallel": {"zero_stage": 0}, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}),
 }
 
 
@@ -37,6 +42,9 @@ def test_resume_is_bitwise_equal(layout, tmp_path):
     one, two = training.tensors(find(tmp_path / "run")), training.tensors(find(halves))
     assert one.keys() == two.keys() and len(one) > 0
     assert all(torch.equal(one[key], two[key]) for key in one)
+    one, two = read_manifest(find(tmp_path / "run")), read_manifest(find(halves))
+    assert one["counters"] == two["counters"] and one["consumed_samples"] == two["consumed_samples"] == 48
+    assert one["counters"]["optimizer_step"] == (0 if "sgd" in layout else 5) and one["counters"]["skipped_steps"] == 1
 
 
 def test_resume_under_another_layout(tmp_path):
@@ -52,6 +60,88 @@ def test_resume_under_another_layout(tmp_path):
     for one, two in zip(expected, found, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+
+def note_samples(engine, context, folder):
+    """Write down what each step of this rank reads."""
+    run = engine.train_step
+
+    def step(number, batches):
+        with (folder / f"{engine.groups.rank}").open("a") as file:
+            file.write(f"{number} {torch.cat([batch.samples for batch in batches]).tolist()}\n")
+        return run(number, batches)
+
+    engine.train_step = step
+
+
+def test_another_global_batch_goes_on_where_the_data_was(tmp_path):
+    """Steps 1 to 3 draw eight samples each; from then on, by permission, four, then twelve: none twice, none left out."""
+    path = training.write_config(tmp_path, checkpoint={"allow_changes": True})
+    note = (functools.partial(note_samples, folder=tmp_path),)
+    assert training.start(1, path, "train.stop_at=3", changes=note) == [(0, "")]
+    assert read_manifest(find(tmp_path / "run"))["consumed_samples"] == 24
+    assert training.start(1, path, "batch.global=4", "train.stop_at=5", changes=note) == [(0, "")]
+    assert read_manifest(find(tmp_path / "run"))["consumed_samples"] == 32
+    assert training.start(2, path, "batch.global=12", "parallel.dp=2", changes=note) == [(0, "")] * 2
+    assert read_manifest(find(tmp_path / "run"))["consumed_samples"] == 44
+    drawn = [[] for _ in range(6)]
+    for rank in ("0", "1"):
+        for line in (tmp_path / rank).read_text().splitlines():
+            step, _, samples = line.partition(" ")
+            drawn[int(step)] += json.loads(samples)
+    ends = [0, 8, 16, 24, 28, 32, 44]
+    assert [sorted(samples) for samples in drawn] == [list(range(*pair)) for pair in itertools.pairwise(ends)]
+    assert [record["tokens"] for record in training.records(tmp_path / "run")] == [16 * end for end in ends[1:]]
+
+
+def _without_initial_weights(rank: int, world: int, path: str, overrides: list[str]) -> tuple[int, str]:
+    from megalm.model import gpt
+
+    def initialise(module, seed):
+        raise AssertionError("initial weights that nobody will see")
+
+    gpt.initialise = initialise
+    return training.run_rank(rank, world, path, overrides)
+
+
+def test_a_resumed_run_computes_no_initial_weights_unless_it_has_more_rows(tmp_path):
+    path = training.write_config(tmp_path)
+    training.start(2, path, "parallel.pp=2", "train.stop_at=2")
+    first = find(tmp_path / "run")
+    assert dist.run(_without_initial_weights, 2, str(path), ["parallel.pp=2", "train.stop_at=3"]) == [(0, "")] * 2
+    other = [f"checkpoint.init_from={json.dumps(str(first))}", f"train.dir={json.dumps(str(tmp_path / 'other'))}"]
+    other += ["train.stop_at=1", "model.vocab_multiple=64"]
+    assert dist.run(_without_initial_weights, 1, str(path), other) == [(0, "")]
+    assert training.start(1, path, "model.vocab_multiple=512", "train.stop_at=4") == [(0, "")]  # 384 rows become 512
+    kept = training.tensors(find(tmp_path / "run"))
+    assert all(torch.isfinite(value).all() for value in kept.values())
+
+
+@pytest.mark.parametrize("changes", [["precision.dtype=fp32", "parallel.zero_stage=0"], ["precision.dtype=bf16"]], ids=str)
+def test_an_fp16_run_goes_on_in_another_precision(changes, tmp_path):
+    """An fp16 run's loss scale, planted in a checkpoint since a CPU has no fp16, is left alone; the change is told."""
+    path = training.write_config(tmp_path)
+    training.start(1, path, "train.stop_at=2")
+    folder = find(tmp_path / "run")
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    manifest["counters"]["loss_scaler"] = {"cur_scale": 8.0, "cur_iter": 2, "last_overflow_iter": 1, "cur_hysteresis": 2}
+    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    config = json.loads((folder / "config.json").read_text())
+    config["precision"]["dtype"] = "fp16"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (notes,) = dist.run(_notes, 1, str(path), [*changes, "train.stop_at=3"])
+    assert f"changed: precision.dtype: stored 'fp16', now '{changes[0][-4:]}'" in notes
+    assert "loss_scaler" not in read_manifest(find(tmp_path / "run"))["counters"]
+
+
+def _notes(rank: int, world: int, path: str, overrides: list[str]) -> list[str]:
+    """What the run tells its user."""
+    from megalm.metrics import Logger
+
+    told, note = [], Logger.note
+    Logger.note = lambda self, text: (told.append(text), note(self, text))[1]
+    assert training.run_rank(rank, world, path, overrides) == (0, "")
+    return told
 
 
 def test_finished_run_says_so_and_changes_nothing(tmp_path):
@@ -113,6 +203,31 @@ def test_bad_steps_in_a_row_stop_the_run(layout, tmp_path):
     assert all(torch.isfinite(value).all() for value in kept.values())
 
 
+def spoil_loss(engine, context):
+    """The third step's loss is NaN on every rank although its gradients are finite."""
+    run = engine.driver.train
+    engine.driver.train = lambda step, *more: run(step, *more) * (float("nan") if step == 2 else 1.0)
+
+
+def trust_gradients(engine, context):
+    """DeepSpeed doesn't look whether a gradient is finite, as with bf16.check_grad_overflow = false."""
+    engine.deepspeed.optimizer.check_grad_overflow = False
+
+
+@pytest.mark.parametrize("layout, changes, poisoned", [
+    ("one-zero0", (spoil_loss,), ()), ("tp2-pp2-bf16", (spoil_loss,), ()), ("dp2-zero2-bf16", (trust_gradients,), (2,))])
+def test_a_bad_step_that_reached_the_weights_ends_the_run_at_once(layout, changes, poisoned, tmp_path):
+    world, sections = LAYOUTS[layout]
+    path = training.write_config(tmp_path, **sections, checkpoint={"every": 1})
+    for code, said in training.start(world, path, changes=changes, poisoned=poisoned):
+        assert code == 1 and said == ("megalm: stopped: step 3 changed the weights with a loss or gradients that are not finite; "
+                                      "the newest checkpoint is that of step 2\n")
+    assert [record["step"] for record in training.records(tmp_path / "run")] == [1, 2, 3]
+    assert find(tmp_path / "run").name == "step_00000002"
+    kept = training.tensors(find(tmp_path / "run"))
+    assert all(torch.isfinite(value).all() for value in kept.values())
+
+
 def _differing(rank: int, world: int, path: str, overrides: list[str]) -> tuple[int, str]:
     return training.run_rank(rank, world, path, overrides if rank == 1 else [])
 
@@ -137,7 +252,12 @@ def test_ranks_with_different_configs_name_the_difference(overrides, words, tmp_
     (1, ["precision.dtype=fp16"], "precision.dtype"),
     (1, ["optimizer.impl=apex"], "optimizer.impl"),
     (1, ["checkpoint.init_from=/nowhere"], "/nowhere"),
-], ids=["missing data", "world", "vocabulary", "batch", "unknown key", "kernel", "fp16", "apex", "init_from"])
+    (2, ["parallel.dp=2", "deepspeed.zero_optimization.overlap_com=true"], "mean deepspeed.zero_optimization.overlap_comm?"),
+    (1, ["deepspeed.zero_optimization.allgather_bucket_size=big"], "deepspeed.zero_optimization.allgather_bucket_size: input"),
+    (1, ["deepspeed.zero_optimization.offload_optimizer.device=cpu"], "megalm doesn't offload yet"),
+    (1, ["deepspeed.comms_loger={}"], "deepspeed.comms_loger: unknown key (value {}); did you mean deepspeed.comms_logger?"),
+], ids=["missing data", "world", "vocabulary", "batch", "unknown key", "kernel", "fp16", "apex", "init_from", "DeepSpeed's key",
+        "DeepSpeed's value", "offload", "DeepSpeed's section"])
 def test_a_users_mistake_is_a_line_and_exit_2(world, overrides, words, tmp_path):
     path = training.write_config(tmp_path)
     for code, said in training.start(world, path, *overrides):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,13 @@ import torch
 
 from megalm import train
 from megalm.data import IndexedWriter
+from megalm.engine.engine import Engine
+from megalm.parallel.random import StepContext
 from tests import dist
 
 DOCUMENTS = 40
+Change = Callable[[Engine, StepContext], None]
+"""What a test does to a rank's engine once it is built; picklable."""
 
 
 def write_corpus(prefix: Path, seed: int = 0) -> None:
@@ -54,35 +61,37 @@ def write_config(folder: Path, **sections: dict) -> Path:
     return path
 
 
-def run_rank(rank: int, world: int, path: str, overrides: list[str], poisoned: tuple[int, ...] = ()) -> tuple[int, str]:
-    """(exit code, what it said on stderr) of megalm.train.run; gradients are NaN at the poisoned steps (from 0)."""
-    said = []
-    if poisoned:
-        _poison(poisoned)
+def run_rank(rank: int, world: int, path: str, overrides: list[str], changes: tuple[Change, ...] = ()) -> tuple[int, str]:
+    """(exit code, what it said on stderr) of megalm.train.run. It leaves no thread behind."""
+    said, build = [], train.build
+
+    def changed(config, plan, groups, context, layers):
+        engine = build(config, plan, groups, context, layers)
+        for change in changes:
+            change(engine, context)
+        return engine
+
+    train.build = changed
     write = sys.stderr.write
     sys.stderr.write = lambda text: (said.append(text), write(text))[1]
     try:
         return train.run(path, overrides), "".join(said)
     finally:
         sys.stderr.write = write
+        assert [thread.name for thread in threading.enumerate() if thread.name == "megalm-loader"] == []
 
 
-def _poison(steps: tuple[int, ...]) -> None:
-    """Make one parameter's gradient on rank 0 non-finite at these steps, as a bad batch or a broken device would."""
-    original = train.build
-
-    def build(config, plan, groups, context, layers):
-        engine = original(config, plan, groups, context, layers)
-        if groups.rank == 0:
-            engine.parameters[0].register_hook(lambda grad: grad * float("nan") if context.place.step in steps else grad)
-        return engine
-
-    train.build = build
+def poison_gradients(engine: Engine, context: StepContext, steps: tuple[int, ...]) -> None:
+    """Make one parameter's gradient on rank 0 non-finite at these steps (from 0), as a bad batch or a broken device would."""
+    if engine.groups.rank == 0:
+        engine.parameters[0].register_hook(lambda grad: grad * float("nan") if context.place.step in steps else grad)
 
 
-def start(world: int, path: Path, *overrides: str, poisoned: tuple[int, ...] = (), timeout: float = 90) -> list[tuple[int, str]]:
-    """(exit code, stderr) of every rank."""
-    return dist.run(run_rank, world, str(path), list(overrides), poisoned, timeout=timeout)
+def start(world: int, path: Path, *overrides: str, poisoned: tuple[int, ...] = (), changes: tuple[Change, ...] = (),
+          timeout: float = 90) -> list[tuple[int, str]]:
+    """(exit code, stderr) of every rank; gradients are NaN at the poisoned steps (from 0)."""
+    changes += (functools.partial(poison_gradients, steps=poisoned),) if poisoned else ()
+    return dist.run(run_rank, world, str(path), list(overrides), changes, timeout=timeout)
 
 
 def records(folder: Path) -> list[dict]:

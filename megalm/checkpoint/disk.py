@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from megalm.data.publish import sync_folder
+
 COPY_BYTES = 1 << 20
 
 
@@ -36,11 +38,7 @@ class Disk:
 
     def sync_folder(self, path: Path) -> None:
         """Put the folder's names, new, renamed or gone, on the disk."""
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-        try:
-            self.sync(handle)
-        finally:
-            os.close(handle)
+        sync_folder(path, self.sync)
 
     def sync(self, handle: int) -> None:
         """Wait until an open file's, or folder's, content is on the disk."""

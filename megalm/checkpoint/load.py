@@ -26,18 +26,6 @@ PADDED_PARTS = ("embedding.word.weight", "head.weight")
 PROBLEMS_SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What a resumed run goes on from."""
-
-    path: Path
-    step: int
-    consumed_samples: int
-    counters: dict[str, Any]
-    extra: dict[str, Any]
-    notes: tuple[str, ...] = ()
-
-
 @dataclass
 class Stored:
     """An open checkpoint: its description, and its tensors, of which only what is asked for is read.
@@ -110,8 +98,10 @@ def _check_size(folder: Path, entries: Iterable[StoredFragment]) -> None:
             raise CheckpointError(f"{file} is smaller than the {size:,} bytes of the tensors that its index lists")
 
 
-def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool = False, allow_changes: bool = False) -> Loaded:
-    """Fill every fragment of the engine, owned or not, from the checkpoint at `path`; all ranks call it together.
+def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool = False,
+         allow_changes: bool = False) -> list[str]:
+    """Fill every fragment of the engine, owned or not, from the checkpoint at `path`; all ranks call it together. Returns
+    what the user should hear of.
 
     Then `engine.refresh(counters)` with the saved counters. `weights_only` leaves moments and counters as they are: a start
     from those weights.
@@ -133,10 +123,8 @@ def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool 
         more = f"; and {len(problems) - PROBLEMS_SHOWN} more ranks" if len(problems) > PROBLEMS_SHOWN else ""
         raise CheckpointError(f"{path} can't be loaded: {lines}{more}") from cause
     assert stored is not None
-    manifest = stored.manifest
-    engine.refresh(engine.counters() if weights_only else manifest["counters"])
-    return Loaded(stored.folder, manifest["step"], manifest["consumed_samples"], manifest["counters"], manifest["extra"],
-                  tuple(notes))
+    engine.refresh(engine.counters() if weights_only else stored.manifest["counters"])
+    return notes
 
 
 def _without_unknown_moments(fragments: Iterable[Fragment], stored: Stored) -> tuple[list[Fragment], list[str]]:

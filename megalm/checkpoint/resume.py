@@ -1,21 +1,25 @@
-"""May this run go on from that checkpoint? Pure functions of two configs and of a folder's names."""
+"""May this run go on from that checkpoint? Pure functions of two configs, the tokenizers' files and a folder's names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.find import Report, newest
-from megalm.checkpoint.format import CHECKPOINTS, CheckpointError, read_json
+from megalm.checkpoint.format import CHECKPOINTS, TOKENIZER, CheckpointError, read_json
 
-CHECKED = ("model", "data", "optimizer", "batch.global", "train.seed", "train.z_loss", "train.label_smoothing")
+CHECKED = ("model", "data", "tokenizer", "optimizer", "batch.global", "train.seed", "train.z_loss", "train.label_smoothing")
 """Settings that shape the numbers; a resume with others isn't the same run."""
 NEWER = {"train.z_loss": 0.0, "train.label_smoothing": 0.0}
 """What those that a checkpoint may be older than were in its run."""
-FREE = ("model.vocab_multiple", "data.cache")
-"""Among these, the ones that don't: padding never wins a logit, and a cache can lie anywhere."""
+FREE = ("model.vocab_multiple", "data.cache", "tokenizer.path")
+"""Among these, the ones that don't: padding never wins a logit, a cache can lie anywhere, and of a tokenizer's file the
+content is compared."""
+TOLD = ("precision.dtype",)
+"""Settings that a run may go on with, but hears of."""
 ALLOWED_BEFORE = ("logs",)
 """What a launcher may have put into a run's folder before the ranks look at it."""
 
@@ -51,39 +55,56 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
     return {name: leaf for key, item in items for name, leaf in flatten(item, key).items()}
 
 
-def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[Difference]:
-    """The checked settings that two resolved configs (config.json's content) don't share, in the order of their paths."""
-    sides = [NEWER | {path: value for path, value in flatten(side).items() if _checked(path)} for side in (stored, current)]
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any], names: Sequence[str] = CHECKED) -> list[Difference]:
+    """The settings of these names that two resolved configs (config.json's content) don't share, in the order of their paths."""
+    newer = {path: value for path, value in NEWER.items() if _among(path, names)}
+    sides = [newer | {path: value for path, value in flatten(side).items() if _among(path, names)} for side in (stored, current)]
     paths = list(dict.fromkeys([*sides[0], *sides[1]]))
     pairs = [Difference(path, sides[0].get(path, MISSING), sides[1].get(path, MISSING)) for path in paths]
     return [pair for pair in pairs if pair.stored is MISSING or pair.current is MISSING or pair.stored != pair.current]
 
 
-def _checked(path: str) -> bool:
+def _among(path: str, names: Sequence[str]) -> bool:
     def below(name: str) -> bool:
         return path == name or path.startswith((f"{name}.", f"{name}["))
 
-    return any(below(name) for name in CHECKED) and not any(below(name) for name in FREE)
+    return any(below(name) for name in names) and not any(below(name) for name in FREE)
 
 
-def check_resume(checkpoint: Path, config: Any, plan: Any = None) -> list[Difference]:
-    """Compare a checkpoint's config.json (and its plan's vocabulary) with the run's; returns what differs.
+def check_resume(checkpoint: Path, config: Any, plan: Any, tokenizer_files: Iterable[Path] = ()) -> list[Difference]:
+    """Compare what a checkpoint holds of its run (config, vocabulary, tokenizer) with this run; returns what differs.
 
-    Raises CheckpointError with every difference on its line, unless config.checkpoint.allow_changes.
+    Raises CheckpointError with every difference that shapes the numbers on its line, unless config.checkpoint.allow_changes.
     """
-    stored, current = read_json(checkpoint / "config.json"), config.model_dump(mode="json")
-    if not isinstance(stored, Mapping):
-        raise CheckpointError(f"{checkpoint / 'config.json'}: not a config")
-    found = differences(stored, current)
-    if plan is not None:
-        # A size that one side states and the other takes from its tokenizer is the same size: the plans know it.
-        before = read_json(checkpoint / "plan.json").get("vocab_size", MISSING)
-        found = [difference for difference in found if difference.path != "model.vocab_size"]
-        found += [Difference("the vocabulary's size", before, plan.vocab_size)] if before != plan.vocab_size else []
+    stored, current = _read_object(checkpoint, "config.json"), config.model_dump(mode="json")
+    # A size that one side states and the other takes from its tokenizer is the same size: the plans know it.
+    found = [difference for difference in differences(stored, current) if difference.path != "model.vocab_size"]
+    pairs = (("the vocabulary's size", _read_object(checkpoint, "plan.json").get("vocab_size", MISSING), plan.vocab_size),
+             ("the tokenizer's files", _contents((checkpoint / TOKENIZER).glob("*")), _contents(tokenizer_files)))
+    found += [Difference(name, before, now) for name, before, now in pairs if before != now]
     if found and not config.checkpoint.allow_changes:
         lines = "".join(f"\n  {difference}" for difference in found)
         raise CheckpointError(f"{checkpoint} has other settings; checkpoint.allow_changes=true goes on regardless:{lines}")
-    return found
+    return found + differences(stored, current, TOLD)
+
+
+def replaces_all(checkpoint: Path, plan: Any) -> bool:
+    """Whether loading it overwrites every initial weight: rows that only this plan's vocabulary padding has would keep theirs."""
+    rows = _read_object(checkpoint, "plan.json").get("padded_vocab_size")
+    return isinstance(rows, int) and rows >= plan.padded_vocab_size
+
+
+def _read_object(checkpoint: Path, name: str) -> Mapping[str, Any]:
+    content = read_json(checkpoint / name)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{checkpoint / name}: a JSON object expected")
+    return content
+
+
+def _contents(files: Iterable[Path]) -> list[str]:
+    """What the files hold, whatever they are called."""
+    contents = [path.read_bytes() for path in files]
+    return sorted(f"{len(content)} bytes, sha256 {hashlib.sha256(content).hexdigest()[:12]}" for content in contents)
 
 
 def choose(run_folder: str | Path, resume: str, report: Report | None = None) -> Path | None:

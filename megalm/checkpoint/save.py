@@ -42,6 +42,7 @@ from megalm.checkpoint.format import (
 from megalm.checkpoint.fragment import Fragment
 
 NOT_SHARED = "train.dir must be on a file system that all ranks share"
+NEW_LATEST = TEMPORARY_PREFIX + LATEST
 LIBRARIES = ("megalm", "torch", "deepspeed", "safetensors", "numpy")
 
 
@@ -66,17 +67,16 @@ class Ranks(Protocol):
     def agree(self, problem: str | None) -> list[tuple[int, str]]: ...
 
 
-def save(run_folder: str | Path, step: int, engine: Engine, groups: Ranks, config: Any, plan: Any,
-         tokenizer_files: Sequence[Path] = (), extra: Mapping[str, Any] | None = None, *,
-         disk: Disk | None = None, report: Report | None = None) -> Path:
+def save(run_folder: str | Path, step: int, consumed_samples: int, engine: Engine, groups: Ranks, config: Any, plan: Any,
+         tokenizer_files: Sequence[Path] = (), *, disk: Disk | None = None, report: Report | None = None) -> Path:
     """Save the state after `step` optimizer steps as run_folder/checkpoints/step_XXXXXXXX; all ranks call it together.
 
-    `extra` is any JSON; its "consumed_samples", if there, is the data position (default: step x global batch). Older
-    checkpoints beyond config.checkpoint.keep are deleted at the end; one that can't be is only reported.
+    `consumed_samples`: how many training samples these steps have drawn. Older checkpoints beyond config.checkpoint.keep are
+    deleted at the end; one that can't be is only reported.
     Raises CheckpointError on every rank when any rank failed: nothing of the new checkpoint is left, and the previous one
-    and `latest` are as they were.
+    and `latest` are as they were; or, where only `latest` couldn't be replaced, that the new one is whole.
     """
-    disk, extra = disk or Disk(), dict(extra or {})
+    disk = disk or Disk()
     root = Path(run_folder) / CHECKPOINTS
     temporary = root / (TEMPORARY_PREFIX + step_name(step))
     attempt = _Attempt(groups, disk, root, step)
@@ -84,14 +84,16 @@ def save(run_folder: str | Path, step: int, engine: Engine, groups: Ranks, confi
     attempt.together("writing its part", lambda: _write_rank(temporary, engine, attempt))
     manifest = {
         "format": FORMAT, "version": VERSION, "step": step,
-        "consumed_samples": int(extra.get("consumed_samples", step * plan.global_batch)),
+        "consumed_samples": consumed_samples,
         "world_size": groups.world_size,
         "layout": {name: getattr(plan, name) for name in ("tp", "pp", "dp", "zero_stage", "sequence_parallel")},
-        "counters": engine.counters(), "extra": extra, "versions": versions(),
+        "counters": engine.counters(), "versions": versions(),
     }
     documents = {"config.json": config.model_dump(mode="json"), "plan.json": plan.to_dict()}
     attempt.rank_0("describing it", lambda: _describe_whole(temporary, manifest, documents, tokenizer_files, disk))
     attempt.rank_0("publishing it", lambda: _publish(root, temporary, step, disk))
+    attempt.published = True
+    attempt.rank_0("pointing latest to it", lambda: _point_latest(root, disk))
     if groups.rank == 0:
         _retire(root, step, config.checkpoint.keep, disk, report)
     return root / step_name(step)
@@ -102,7 +104,7 @@ class _Attempt:
 
     def __init__(self, groups: Ranks, disk: Disk, root: Path, step: int) -> None:
         self.groups, self.disk, self.root, self.step = groups, disk, root, step
-        self.needed = 0
+        self.needed, self.published = 0, False
 
     def together(self, doing: str, work: Callable[[], None]) -> None:
         """Run this rank's share of a stage; raise CheckpointError on all ranks if any failed, the rubbish removed."""
@@ -118,7 +120,11 @@ class _Attempt:
             _clean_quietly(self.root, self.disk)
         lines = "; ".join(f"rank {rank} failed {text}" for rank, text in problems)
         name = self.root / step_name(self.step)
-        raise CheckpointError(f"{name} wasn't saved: {lines}. Earlier checkpoints are as they were") from cause
+        if self.published:
+            text = f"{name} is saved and whole, but {lines}. A resume may begin at an earlier checkpoint"
+        else:
+            text = f"{name} wasn't saved: {lines}. Earlier checkpoints are as they were"
+        raise CheckpointError(text) from cause
 
     def rank_0(self, doing: str, work: Callable[[], None]) -> None:
         """`together` for a stage in which only rank 0 works."""
@@ -217,15 +223,18 @@ def _check_ranks(temporary: Path, ranks: range) -> None:
 
 
 def _publish(root: Path, temporary: Path, step: int, disk: Disk) -> None:
-    """Rename the folder to its name, then replace `latest`; its new content is written before, when failing is harmless."""
+    """Rename the folder to its name. What `latest` will say is written before, when failing is harmless."""
     final, aside = root / step_name(step), root / (REPLACED_PREFIX + step_name(step))
-    new_latest = root / (TEMPORARY_PREFIX + LATEST)
-    disk.write(new_latest, [f"{final.name}\n".encode()])
+    disk.write(root / NEW_LATEST, [f"{final.name}\n".encode()])
     if final.exists():
         disk.rename(final, aside)
     disk.rename(temporary, final)
+
+
+def _point_latest(root: Path, disk: Disk) -> None:
+    """Replace `latest` once the new folder's name is on the disk."""
     disk.sync_folder(root)
-    disk.rename(new_latest, root / LATEST)
+    disk.rename(root / NEW_LATEST, root / LATEST)
     disk.sync_folder(root)
 
 
@@ -239,7 +248,7 @@ def _retire(root: Path, step: int, keep: int, disk: Disk, report: Report | None)
         whole = 0
         for _, folder in [item for item in candidates(root) if item[0] <= step]:
             if whole < max(keep, 1):
-                whole += fault(folder) is None
+                whole += fault(folder, read=False) is None
                 continue
             doomed = root / (DELETED_PREFIX + folder.name)
             disk.rename(folder, doomed)

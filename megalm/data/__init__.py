@@ -4,7 +4,7 @@ The names below are loaded when first used, so that preparing data imports no to
 
     dataset = build_dataset(config.data.train, seq_length, num_samples, seed, cache_dir)
     loader = Loader(dataset, global_batch=64, micro_batch=4, dp=2, dp_rank=0, needs_tokens=True, eod=2, mask_eod=False)
-    for micro_batch in loader.step(0): ...
+    for micro_batch in loader.batch(0): ...
 """
 from __future__ import annotations
 

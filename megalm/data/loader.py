@@ -10,7 +10,7 @@ import torch
 
 from .blend import Dataset
 from .errors import DataError
-from .sampler import accumulation_steps, sample_indices
+from .sampler import sample_indices
 
 IGNORED = -100  # a label that doesn't count
 
@@ -25,7 +25,7 @@ class MicroBatch:
 
 
 class Loader:
-    """The micro-batches of one data-parallel rank, step by step; the order is a function of the data set and the step.
+    """The micro-batches of one data-parallel rank: a function of the data set and of how many samples were consumed before.
 
     With `mask_eod` the label after an end-of-document token doesn't count: what comes next is the first token of an unrelated
     document. The end-of-document token itself stays a label (Megatron-LM's eod_mask_loss does the same). Samples past the end of
@@ -34,7 +34,7 @@ class Loader:
 
     def __init__(self, dataset: Dataset, *, global_batch: int, micro_batch: int, dp: int, dp_rank: int, needs_tokens: bool,
                  eod: int | None, mask_eod: bool, prefetch: int = 2, vocab_size: int | None = None):
-        """`prefetch` steps are kept ready (0: no thread). Token ids must be below `vocab_size`, if given.
+        """`prefetch` global batches are kept ready (0: no thread). Token ids must be below `vocab_size`, if given.
 
         Raises ValueError if the batch can't be divided so, or mask_eod has no token to go by.
         """
@@ -43,34 +43,38 @@ class Loader:
         self.dataset, self.prefetch, self.vocab_size = dataset, prefetch, vocab_size
         self.eod = eod if mask_eod else None
         self.needs_tokens = needs_tokens
-        self.accumulation_steps = accumulation_steps(global_batch, micro_batch, dp)
-        self.num_steps = -(-dataset.num_samples // global_batch)
+        self.global_batch = global_batch
         self._split = {"global_batch": global_batch, "micro_batch": micro_batch, "dp": dp, "dp_rank": dp_rank}
         sample_indices(0, **self._split)  # a wrong rank is an error here, not in the thread
         self._reader: _Reader | None = None
 
-    def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step (from 0), one per accumulation step. Steps in sequence were read ahead; any other may be
-        asked for.
+    @property
+    def starts(self) -> range:
+        """The first sample of each global batch of the whole data set."""
+        return range(0, self.dataset.num_samples, self.global_batch)
 
-        Raises IndexError past the last step, DataError for a token outside the vocabulary, and whatever else reading met.
+    def batch(self, first: int) -> list[MicroBatch]:
+        """The micro-batches, one per accumulation step, of the global batch that begins at sample `first`. Batches in sequence
+        were read ahead; any other may be asked for.
+
+        Raises IndexError past the last sample, DataError for a token outside the vocabulary, and whatever else reading met.
         """
-        if not 0 <= step < self.num_steps:
-            raise IndexError(f"step {step} of a data set of {self.num_steps} steps ({self.dataset.num_samples} samples)")
+        if not 0 <= first < self.dataset.num_samples:
+            raise IndexError(f"a batch that begins at sample {first} of a data set of {self.dataset.num_samples}")
         if not self.needs_tokens or self.prefetch == 0:
-            return self.read(step)
-        if self._reader is None or self._reader.next_step != step:
+            return self.read(first)
+        if self._reader is None or self._reader.next_first != first:
             self.close()
-            self._reader = _Reader(self, step)
+            self._reader = _Reader(self, first)
         try:
             return self._reader.take()
         except BaseException:
             self.close()
             raise
 
-    def read(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step, read now and by the caller."""
-        indices = sample_indices(step, **self._split)  # [accumulation steps, b]
+    def read(self, first: int) -> list[MicroBatch]:
+        """The same, read now and by the caller."""
+        indices = sample_indices(first, **self._split)  # [accumulation steps, b]
         if not self.needs_tokens:
             return [MicroBatch(torch.from_numpy(row.copy()), None, None) for row in indices]
         return [self._micro_batch(row) for row in indices]
@@ -110,10 +114,10 @@ class Loader:
 
 
 class _Reader:
-    """The thread that reads steps in order from `first` on into a bounded queue. An error takes the place of a step."""
+    """The thread that reads batches in order from sample `first` on into a bounded queue. An error takes the place of one."""
 
     def __init__(self, loader: Loader, first: int):
-        self.next_step = first
+        self.next_first, self._stride = first, loader.global_batch
         self._queue: queue.Queue = queue.Queue(maxsize=loader.prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(loader, first), name="megalm-loader", daemon=True)
@@ -123,7 +127,7 @@ class _Reader:
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
-        self.next_step += 1
+        self.next_first += self._stride
         return item
 
     def close(self) -> None:
@@ -133,9 +137,9 @@ class _Reader:
         self._thread.join()
 
     def _run(self, loader: Loader, first: int) -> None:
-        for step in range(first, loader.num_steps):
+        for start in range(first, loader.dataset.num_samples, self._stride):
             try:
-                item = loader.read(step)
+                item = loader.read(start)
             except BaseException as error:  # the consumer raises it
                 item = error
             if not self._put(item) or isinstance(item, BaseException) or self._stop.is_set():

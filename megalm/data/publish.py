@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .errors import DataError
@@ -14,11 +14,11 @@ from .errors import DataError
 PARTIAL = ".partial"
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path, sync: Callable[[int], None] | None = None) -> None:
     """Make renames in the folder survive a power cut; file systems that can't sync a folder are left alone."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        (sync or os.fsync)(handle)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise

@@ -49,8 +49,8 @@ class Logger:
         self._trackers = open_trackers(config, self._folder, first_step, self.note)
         self._throughput = Throughput(config, plan)
 
-    def step(self, step: int, result: Result) -> None:
-        """Step number `step` (from 1) has been done."""
+    def step(self, step: int, result: Result, samples: int) -> None:
+        """Step number `step` (from 1) has been done; `samples` have been trained on by now, those of earlier runs included."""
         if not self._writes:
             return
         self._throughput.step()
@@ -61,7 +61,7 @@ class Logger:
         if every == 0 or not (step % every == 0 or step == self._config.train.steps):
             return
         record: dict[str, Any] = {"step": step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
-        record["tokens"] = step * self._throughput.step_tokens
+        record["tokens"] = samples * self._config.model.seq_length
         record.update(self._throughput.report())
         if result.skipped:
             record["skipped"] = True

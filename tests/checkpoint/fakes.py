@@ -177,13 +177,15 @@ def settings(keep: int = 3, allow_changes: bool = False, **more: Any) -> SimpleN
 
 
 def plan(tp: int = 1, pp: int = 1, dp: int = 1, **more: Any) -> SimpleNamespace:
-    numbers = {"tp": tp, "pp": pp, "dp": dp, "zero_stage": 1, "sequence_parallel": False, "global_batch": 8, "vocab_size": 60}
+    numbers = {"tp": tp, "pp": pp, "dp": dp, "zero_stage": 1, "sequence_parallel": False, "global_batch": 8, "vocab_size": 60,
+               "padded_vocab_size": 64}
     numbers |= more
     return SimpleNamespace(**numbers, to_dict=lambda: dict(numbers))
 
 
 def save_all(folder: Path, step: int, ranks: list[Engine], disks: list[Disk] | None = None, **more: Any) -> list[Any]:
     """Save with every rank; each rank's path, or its exception."""
-    keep = more.pop("keep", 3)
+    keep, consumed = more.pop("keep", 3), more.pop("consumed", 8 * step)
     return Crew(len(ranks)).run(lambda groups: save(
-        folder, step, ranks[groups.rank], groups, settings(keep), plan(), disk=disks[groups.rank] if disks else Hasty(), **more))
+        folder, step, consumed, ranks[groups.rank], groups, settings(keep), plan(), disk=disks[groups.rank] if disks else Hasty(),
+        **more))

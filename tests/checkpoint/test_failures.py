@@ -47,6 +47,28 @@ def test_a_failing_disk_is_one_clear_error_on_every_rank(code, rank, name, numbe
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000010", "step_00000020"]
 
 
+@pytest.mark.parametrize("name, number, found", [("sync_folder", 1, 10), ("rename", 1, 10), ("sync_folder", 2, 20)])
+@pytest.mark.parametrize("step", [20, 10])
+def test_a_checkpoint_that_only_latest_misses_is_called_whole(name, number, found, step, tmp_path):
+    """The disk fails after the folder has its name: the error says that the checkpoint is there, and it is."""
+    succeed(save_all(tmp_path, 10, ranks(OLD)))
+    number += step == 10 and name == "rename"  # the old folder steps aside first
+    results = save_all(tmp_path, step, ranks(NEW), [Failing(errno.EIO, name, number), Hasty()])
+    for result in results:
+        assert isinstance(result, CheckpointError) and "wasn't saved" not in str(result)
+        assert f"step_000000{step} is saved and whole, but rank 0 failed pointing latest to it: Input/output error" in str(result)
+    target = ranks(None)
+    succeed(load_all(tmp_path / f"checkpoints/step_000000{step}", target))
+    assert wrong(target, NEW) == []
+    assert find(tmp_path).name == f"step_000000{min(found, step)}"
+    if step == 20:
+        target = ranks(None)
+        succeed(load_all(tmp_path / "checkpoints/step_00000010", target))
+        assert wrong(target, OLD) == []
+    succeed(save_all(tmp_path, 30, ranks(NEW)))
+    assert find(tmp_path).name == "step_00000030" and not list((tmp_path / "checkpoints").glob(".*"))
+
+
 def test_the_temporary_folder_of_a_failed_save_is_gone(tmp_path):
     succeed(save_all(tmp_path, 10, ranks(OLD)))
     before = tree(tmp_path)

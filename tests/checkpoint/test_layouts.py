@@ -44,8 +44,7 @@ def test_every_layout_loads_under_every_other(before, tmp_path):
     succeed(save_all(tmp_path, 9, sources))
     for seed, after in enumerate(LAYOUTS):
         targets = engines(SMALL, None, seed=10 + seed, **after)
-        for loaded in succeed(load_all(tmp_path, targets)):
-            assert (loaded.step, loaded.consumed_samples, loaded.counters) == (9, 72, counters)
+        assert all(notes == [] for notes in succeed(load_all(tmp_path, targets)))
         assert wrong(targets, values) == []
         assert all(engine.refreshed == counters for engine in targets)
 
@@ -142,8 +141,8 @@ def test_another_optimizer_needs_allow_changes(tmp_path):
     target = engines(SMALL, initial, roles=roles)
     refused = load_all(tmp_path, target)[0]
     assert isinstance(refused, CheckpointError) and "momentum of embedding.word.weight isn't in the checkpoint" in str(refused)
-    loaded = succeed(load_all(tmp_path, target, allow_changes=True))[0]
-    assert "momentum starts anew" in loaded.notes[0]
+    [note] = succeed(load_all(tmp_path, target, allow_changes=True))[0]
+    assert "momentum starts anew" in note
     assert wrong(target, {key: values[key] if key in values else initial[key] for key in initial}) == []
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megalm.checkpoint import CheckpointError, check_resume, choose, differences
+from megalm.checkpoint import CheckpointError, check_resume, choose, differences, replaces_all
 from megalm.checkpoint.resume import flatten
 from tests.checkpoint.fakes import SMALL, draw, engines, plan, save_all, settings
 from tests.checkpoint.test_layouts import succeed
@@ -17,6 +17,7 @@ CONFIG = {
     "optimizer": {"lr": 0.1, "betas": [0.9, 0.95]},
     "data": {"train": [{"path": "a", "weight": 1.0}], "valid": [], "seed": None, "cache": None},
     "train": {"seed": 1, "steps": 10},
+    "tokenizer": {"type": "huggingface", "path": "t.json", "eod": "<eos>"},
 }
 
 
@@ -41,6 +42,8 @@ def changed(path: str, value) -> dict:
     ("train.seed", 2, "train.seed: stored 1, now 2"),
     ("batch.global", 16, "batch.global: stored 8, now 16"),
     ("train.z_loss", 1e-4, "train.z_loss: stored 0.0, now 0.0001"),  # from a checkpoint that is older than the setting
+    ("tokenizer.type", "bytes", "tokenizer.type: stored 'huggingface', now 'bytes'"),
+    ("tokenizer.eod", "<eod>", "tokenizer.eod: stored '<eos>', now '<eod>'"),
 ])
 def test_what_shapes_the_numbers_is_compared(path, value, line):
     assert line in [str(difference) for difference in differences(CONFIG, changed(path, value))]
@@ -48,7 +51,7 @@ def test_what_shapes_the_numbers_is_compared(path, value, line):
 
 @pytest.mark.parametrize("path, value", [
     ("model.vocab_multiple", 64), ("data.cache", "/elsewhere"), ("parallel.tp", 4), ("train.steps", 20), ("batch.micro", 16),
-    ("schedule.decay", "wsd"), ("train.label_smoothing", 0.0)])
+    ("schedule.decay", "wsd"), ("train.label_smoothing", 0.0), ("tokenizer.path", "elsewhere/t.json")])
 def test_what_doesn_t_is_free(path, value):
     assert differences(CONFIG, changed(path, value)) == []
 
@@ -80,14 +83,14 @@ def run(tmp_path):
 def test_the_error_lists_every_difference(run):
     path = choose(run, "auto")
     assert path.name == "step_00000004"
-    assert check_resume(path, settings()) == []
+    assert check_resume(path, settings(), plan()) == []
     other = settings(train={"seed": 2}, optimizer={"lr": 0.3})
     with pytest.raises(CheckpointError) as caught:
-        check_resume(path, other)
+        check_resume(path, other, plan())
     assert "checkpoint.allow_changes=true" in str(caught.value)
     assert str(caught.value).splitlines()[1:] == ["  train.seed: stored 1, now 2", "  optimizer.lr: stored 0.1, now 0.3"]
     allowed = settings(allow_changes=True, train={"seed": 2})
-    assert [difference.path for difference in check_resume(path, allowed)] == ["train.seed"]
+    assert [difference.path for difference in check_resume(path, allowed, plan())] == ["train.seed"]
 
 
 def test_a_vocabulary_of_another_size_is_another_model_whoever_states_it(run):
@@ -100,8 +103,34 @@ def test_a_vocabulary_of_another_size_is_another_model_whoever_states_it(run):
 def test_a_config_that_isn_t_one(run):
     path = choose(run, "auto")
     (path / "config.json").write_text(json.dumps([1]))
-    with pytest.raises(CheckpointError, match="config.json: not a config"):
-        check_resume(path, settings())
+    with pytest.raises(CheckpointError, match="config.json: a JSON object expected"):
+        check_resume(path, settings(), plan())
+
+
+def test_another_tokenizer_is_another_run_wherever_its_file_is(tmp_path):
+    before, moved, other = (tmp_path / name for name in ("spm.model", "moved.model", "other.model"))
+    before.write_bytes(b"pieces")
+    moved.write_bytes(b"pieces")
+    other.write_bytes(b"others")
+    succeed(save_all(tmp_path, 4, engines(SMALL, draw(SMALL)), tokenizer_files=[before]))
+    path = choose(tmp_path, "auto")
+    assert check_resume(path, settings(), plan(), [moved]) == []
+    for files, now in (([other], "6 bytes, sha256 "), ([], "")):
+        with pytest.raises(CheckpointError, match=rf"the tokenizer's files: stored \['6 bytes, sha256 .*'\], now \['?{now}"):
+            check_resume(path, settings(), plan(), files)
+    assert len(check_resume(path, settings(allow_changes=True), plan(), [other])) == 1
+
+
+def test_another_precision_is_told_and_not_refused(run):
+    path = choose(run, "auto")
+    [told] = check_resume(path, settings(precision={"dtype": "fp16"}), plan())
+    assert str(told) == "precision.dtype: stored nothing, now 'fp16'"
+
+
+def test_initial_weights_are_needed_only_for_rows_that_the_checkpoint_lacks(run):
+    path = choose(run, "auto")
+    assert replaces_all(path, plan()) and replaces_all(path, plan(padded_vocab_size=32))
+    assert not replaces_all(path, plan(padded_vocab_size=65))
 
 
 def test_never_refuses_a_folder_with_a_run_in_it(run, tmp_path_factory):

@@ -21,15 +21,15 @@ def test_the_files_of_a_checkpoint(tmp_path):
     ranks = engines(SMALL, draw(SMALL), tp=2, dp=2)
     for engine in ranks:
         engine.count = {"optimizer_step": 6, "scale": 0.1}
-    results = succeed(save_all(tmp_path / "run", 8, ranks, tokenizer_files=[tokenizer], extra={"best": 2.5}))
+    results = succeed(save_all(tmp_path / "run", 8, ranks, tokenizer_files=[tokenizer], consumed=50))
     folder = tmp_path / "run/checkpoints/step_00000008"
     assert set(results) == {folder}
     names = [f"rank_0000{rank}.{suffix}" for rank in range(4) for suffix in ("json", "safetensors")]
     assert sorted(tree(folder)) == sorted([*names, "checkpoint.json", "config.json", "plan.json", "tokenizer/spm.model"])
     manifest = json.loads((folder / "checkpoint.json").read_text())
     assert manifest["format"] == "megalm.checkpoint" and manifest["version"] == 1
-    assert (manifest["step"], manifest["consumed_samples"], manifest["world_size"]) == (8, 64, 4)
-    assert manifest["counters"] == {"optimizer_step": 6, "scale": 0.1} and manifest["extra"] == {"best": 2.5}
+    assert (manifest["step"], manifest["consumed_samples"], manifest["world_size"]) == (8, 50, 4)
+    assert manifest["counters"] == {"optimizer_step": 6, "scale": 0.1}
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or manifest["versions"]["torch"] == torch.__version__
     assert manifest["files"] == {name: len(content) for name, content in tree(folder).items() if name != "checkpoint.json"}
     assert json.loads((folder / "config.json").read_text()) == settings().model_dump("json")
@@ -54,11 +54,6 @@ def test_any_safetensors_reader_opens_a_rank_s_file(tmp_path):
                     fragment.part, fragment.role, fragment.full_shape, fragment.start, fragment.count)
         start = int.from_bytes((folder / index["file"]).read_bytes()[:8], "little") + 8
         assert start % 64 == 0
-
-
-def test_consumed_samples_come_from_the_loop_when_it_says(tmp_path):
-    folder = succeed(save_all(tmp_path, 3, engines(SMALL, draw(SMALL)), extra={"consumed_samples": 1000}))[0]
-    assert json.loads((folder / "checkpoint.json").read_text())["consumed_samples"] == 1000
 
 
 def test_a_rank_that_owns_nothing_takes_part(tmp_path):
@@ -153,7 +148,8 @@ def test_elements_that_two_ranks_own_or_none_does_are_refused(tmp_path):
 def test_ranks_that_don_t_share_a_file_system(tmp_path):
     ranks = engines(SMALL, draw(SMALL), tp=2)
     from megalm.checkpoint import save
-    results = Crew(2).run(lambda groups: save(tmp_path / str(groups.rank), 1, ranks[groups.rank], groups, settings(), plan()))
+    results = Crew(2).run(lambda groups: save(tmp_path / str(groups.rank), 1, 8, ranks[groups.rank], groups, settings(),
+                                                plan()))
     for result in results:
         assert isinstance(result, CheckpointError)
         assert "rank 1 failed" in str(result) and "file system that all ranks share" in str(result)

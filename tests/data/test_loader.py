@@ -45,10 +45,10 @@ class Broken:
 
 def test_micro_batches(dataset):
     with Loader(dataset, **OPTIONS) as loader:
-        assert loader.num_steps == 5 and loader.accumulation_steps == 2
-        for step in range(5):
-            batches = loader.step(step)
-            assert [batch.samples.tolist() for batch in batches] == [[step * 8 + 2, step * 8 + 3], [step * 8 + 6, step * 8 + 7]]
+        assert list(loader.starts) == [0, 8, 16, 24, 32]
+        for first in loader.starts:
+            batches = loader.batch(first)
+            assert [batch.samples.tolist() for batch in batches] == [[first + 2, first + 3], [first + 6, first + 7]]
             for batch in batches:
                 expected = torch.from_numpy(np.stack([dataset.tokens(i) for i in batch.samples.tolist()]))  # [b, s + 1]
                 assert torch.equal(batch.tokens, expected[:, :-1]) and torch.equal(batch.labels, expected[:, 1:])
@@ -61,19 +61,19 @@ def test_a_step_sees_the_same_samples_under_every_layout(dataset, micro_batch, d
     seen = {}
     for rank in range(dp):
         with Loader(dataset, **{**OPTIONS, "micro_batch": micro_batch, "dp": dp, "dp_rank": rank}) as loader:
-            for batch in loader.step(3):
+            for batch in loader.batch(24):
                 seen.update(zip(batch.samples.tolist(), batch.tokens.tolist(), strict=True))
     assert seen == {i: dataset.tokens(i)[:-1].tolist() for i in range(24, 32)}
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2, 10])
-def test_any_step_in_any_order(dataset, prefetch):
+def test_any_batch_in_any_order(dataset, prefetch):
     with Loader(dataset, **OPTIONS, prefetch=prefetch) as loader:
-        for step in (0, 1, 2, 4, 0, 1, 1, 3, 4):
-            assert loader.step(step)[0].samples[0] == step * 8 + 2
-        for step in (-1, 5):
-            with pytest.raises(IndexError, match=f"step {step} of a data set of 5 steps"):
-                loader.step(step)
+        for first in (0, 8, 16, 32, 0, 8, 8, 24, 32, 5, 13, 21):
+            assert loader.batch(first)[0].samples[0] == first + 2
+        for first in (-1, 40):
+            with pytest.raises(IndexError, match=f"a batch that begins at sample {first} of a data set of 40"):
+                loader.batch(first)
 
 
 def test_reads_ahead_and_no_further():
@@ -84,28 +84,28 @@ def test_reads_ahead_and_no_further():
             reads.append(index)
 
     with Loader(Counting(), **{**OPTIONS, "dp": 1, "dp_rank": 0}, prefetch=2) as loader:
-        loader.step(0)
+        loader.batch(0)
         deadline = time.monotonic() + 5
         while len(reads) < 4 * 8 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.05)
-        assert len(reads) == 4 * 8  # step 0, two in the queue, and the one that waits for room
+        assert len(reads) == 4 * 8  # the first batch, two in the queue, and the one that waits for room
 
 
 def test_a_stage_that_needs_no_tokens(dataset):
     loader = Loader(dataset, **{**OPTIONS, "needs_tokens": False})
-    [first, second] = loader.step(0)
+    [first, second] = loader.batch(0)
     assert first.tokens is None and first.labels is None and second.samples.tolist() == [6, 7]
     assert loader_threads() == []
 
 
 def test_an_error_reaches_the_consumer_at_its_step():
     loader = Loader(Broken(), **{**OPTIONS, "dp": 1, "dp_rank": 0}, prefetch=3)
-    assert loader.step(0) and loader.step(1)
+    assert loader.batch(0) and loader.batch(8)
     with pytest.raises(OSError, match="Input/output error"):
-        loader.step(2)
+        loader.batch(16)
     assert loader_threads() == []
-    assert loader.step(3)  # the loader can still be used
+    assert loader.batch(24)  # the loader can still be used
     loader.close()
     loader.close()
 
@@ -116,7 +116,7 @@ def test_labels_after_the_end_of_a_document(tmp_path):
     dataset = build_dataset([Source(str(path))], 4, 20, 1, None)
     options = {**OPTIONS, "global_batch": 20, "micro_batch": 20, "dp": 1, "dp_rank": 0, "eod": EOD}
     with Loader(dataset, **options) as plain, Loader(dataset, **{**options, "mask_eod": True}) as masked:
-        [whole], [batch] = plain.step(0), masked.step(0)
+        [whole], [batch] = plain.batch(0), masked.batch(0)
     ended = batch.tokens == EOD
     assert ended.any() and (batch.labels[ended] == IGNORED).all()
     assert torch.equal(batch.labels[~ended], whole.labels[~ended]) and (batch.labels == EOD).any()
@@ -127,8 +127,8 @@ def test_labels_after_the_end_of_a_document(tmp_path):
 
 def test_the_last_step_is_filled_up_with_what_does_not_count(dataset):
     with Loader(dataset, **{**OPTIONS, "global_batch": 16, "dp": 1, "dp_rank": 0}) as loader:
-        assert loader.num_steps == 3
-        batches = loader.step(2)
+        assert list(loader.starts) == [0, 16, 32]
+        batches = loader.batch(32)
     assert [batch.samples[0].item() for batch in batches] == list(range(32, 48, 2))
     assert [(batch.labels == IGNORED).all().item() for batch in batches] == [False] * 4 + [True] * 4
     assert all(batch.tokens.shape == (2, 12) for batch in batches)
@@ -139,17 +139,17 @@ def test_token_outside_the_vocabulary(tmp_path):
     dataset = build_dataset([Source(str(path))], 4, 2, 1, None)
     options = {**OPTIONS, "global_batch": 2, "micro_batch": 2, "dp": 1, "dp_rank": 0}
     with Loader(dataset, **options, vocab_size=501) as loader:
-        assert loader.step(0)
+        assert loader.batch(0)
     loader = Loader(dataset, **options, vocab_size=500)
     with pytest.raises(DataError, match=r"a: token id 500 in sample [01], and .* has 500 entries: .* another tokenizer"):
-        loader.step(0)
+        loader.batch(0)
     negative = build_dataset([Source(str(write(tmp_path / "b", [[1, 2, -3, 4, 5, 6]], np.int32)))], 4, 1, 1, None)
     with pytest.raises(DataError, match="token id -3 in sample 0"):
-        Loader(negative, **{**options, "global_batch": 1, "micro_batch": 1}, vocab_size=500).step(0)
+        Loader(negative, **{**options, "global_batch": 1, "micro_batch": 1}, vocab_size=500).batch(0)
 
 
 def test_batches_that_cannot_be_divided(dataset):
-    with pytest.raises(ValueError, match="global batch, 9, must be a multiple"):
+    with pytest.raises(ValueError, match="batch.global = 9 is not divisible by batch.micro x dp = 2 x 2 = 4"):
         Loader(dataset, **{**OPTIONS, "global_batch": 9})
     with pytest.raises(ValueError, match="rank 5 of 2"):
         Loader(dataset, **{**OPTIONS, "dp_rank": 5})

@@ -14,7 +14,7 @@ from tests.metrics.conftest import Result, make_config
 
 def train(logger, first, last, **fields):
     for step in range(first + 1, last + 1):
-        logger.step(step, Result(loss=5.0 / step, **fields))
+        logger.step(step, Result(loss=5.0 / step, **fields), samples=10 + 4 * step)
 
 
 def test_steps_and_evaluations_are_recorded(config, plan, tmp_path, capsys):
@@ -23,7 +23,7 @@ def test_steps_and_evaluations_are_recorded(config, plan, tmp_path, capsys):
     logger.evaluation(4, 2.0)
     logger.close()
     two, four, valid = read_metrics(tmp_path)
-    assert (two["step"], two["loss"], two["grad_norm"], two["lr"], two["tokens"]) == (2, 2.5, 0.5, 1e-3, 2 * 4 * 8)
+    assert (two["step"], two["loss"], two["grad_norm"], two["lr"], two["tokens"]) == (2, 2.5, 0.5, 1e-3, (10 + 2 * 4) * 8)
     assert four["tokens_per_second"] == pytest.approx(4 * 8 / four["step_seconds"])
     assert "mfu" not in four  # no GPU here whose peak is known
     assert valid == {"step": 4, "eval_loss": 2.0, "perplexity": math.exp(2.0)}
@@ -51,8 +51,8 @@ def test_the_last_step_is_logged_and_zero_means_never(tmp_path):
 
 def test_numbers_that_are_not_finite_are_null(config, plan, tmp_path, capsys):
     logger = Logger(config, plan)
-    logger.step(1, Result(loss=1.0))
-    logger.step(2, Result(loss=math.nan, grad_norm=math.inf, skipped=True))
+    logger.step(1, Result(loss=1.0), samples=4)
+    logger.step(2, Result(loss=math.nan, grad_norm=math.inf, skipped=True), samples=8)
     logger.evaluation(2, 1000.0)
     logger.close()
     step, valid = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

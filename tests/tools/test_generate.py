@@ -58,7 +58,8 @@ def checkpoint(folder: Path, model: dict, tokenizer: dict | None = None, change=
              for (name, _), tensor in values.items()}
     ranks = engines(parts, values, tp=2, pp=2, dp=2, roles=("master",))
     files = load_tokenizer(config.tokenizer).files()
-    results = Crew(8).run(lambda groups: save(folder, step, ranks[groups.rank], groups, config, plan, files, disk=Hasty()))
+    results = Crew(8).run(lambda groups: save(folder, step, 4 * step, ranks[groups.rank], groups, config, plan, files,
+                                              disk=Hasty()))
     assert all(isinstance(result, Path) for result in results), results
     return results[0], module
 
