@@ -267,7 +267,7 @@ class Checkpoint(Section):
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest whole checkpoint of train.dir; never refuses a folder that has one."""
     allow_changes: bool = False
-    """Resume although model, data, seed or optimizer differ."""
+    """Resume although model, data, tokenizer, global batch, optimizer or seed differ."""
     init_from: Text | None = None
     """Start from the weights of this checkpoint, at step 0."""
 
