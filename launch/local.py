@@ -18,8 +18,9 @@ from megalm.data.errors import DataError
 from megalm.data.tokenizer import load_tokenizer  # imports no torch
 from megalm.launch import output, rank
 from megalm.launch.gpus import visible_gpus
-from megalm.launch.process import adopt_orphans, die_with_parent
-from megalm.launch.supervise import Interrupts, RankProcess, say, supervise
+from megalm.launch.output import say
+from megalm.launch.process import adopt_orphans, die_with_parent, ignored
+from megalm.launch.supervise import Interrupts, RankProcess, supervise
 from megalm.plan import Plan, PlanError, make_plan
 
 LAUNCHER_PID = "MEGALM_LAUNCHER_PID"  # tells a fresh rank process who its parent must be
@@ -137,7 +138,8 @@ def _fork(plan: Plan, environment: dict[str, str], arguments: tuple) -> list[Ran
                 os.environ.update(_of_rank(number))
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the launcher passes it on as SIGTERM
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                if not ignored(signal.SIGINT):
+                    signal.signal(signal.SIGINT, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
                 code = rank.run(*arguments, number)
             finally:

@@ -1,7 +1,9 @@
-"""Where a rank's output goes: one log file a rank, and rank 0's on the console too."""
+"""Where output goes: one log file a rank, rank 0's on the console too, and the launcher's own lines on standard error."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -28,19 +30,37 @@ def prepare(run_folder: str | Path) -> None:
         raise ConfigError([f"train.dir: {run_folder} can't be written: {error.strerror}"]) from error
 
 
+class Lasting(io.TextIOWrapper):
+    """Text to a file descriptor, line by line. What it doesn't take (a lost ssh, a full disk) is dropped: training goes on."""
+
+    def __init__(self, fd: int):
+        file = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
+        super().__init__(file, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
 def redirect(log: Path, console: bool) -> None:
     """Send file descriptors 1 and 2 of this process to the end of `log`; with `console` also to where they went before.
 
     The copy is made by a `tee` of its own session, so that the last words of a killed process still arrive, and
     neither Ctrl-C nor a console that goes away (`| head`, a lost ssh) cuts the log or the training off. `sys.stdout` gets
     two attributes for progress displays: `terminal`, a stream straight to the terminal that the console is (None if it is
-    none), and `log`, a stream to the log file alone.
+    none), and `log`, a stream to the log file alone. All these streams are Lasting.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-    os.write(file, f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}\n".encode())
-    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8") if console and os.isatty(1) else None
+    to_log = Lasting(file)
+    to_log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}\n")
+    terminal = Lasting(os.dup(1)) if console and os.isatty(1) else None
     if console:
         command = ["tee", "-ai", "--output-error=warn-nopipe", str(log)]
         tee = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -51,10 +71,21 @@ def redirect(log: Path, console: bool) -> None:
     os.dup2(target, 2)
     if console:
         tee.stdin.close()
-    options = {"buffering": 1, "encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
-    sys.stdout, sys.stderr = open(1, "w", **options), open(2, "w", **options)  # noqa: SIM115
-    sys.stdout.terminal = terminal
-    sys.stdout.log = os.fdopen(file, "w", encoding="utf-8", buffering=1)
+    sys.stdout, sys.stderr = Lasting(1), Lasting(2)
+    sys.stdout.terminal, sys.stdout.log = terminal, to_log
+
+
+def say(text: str) -> None:
+    """A line, or several, from the launcher itself, on standard error.
+
+    Where nobody reads it any more (the same Ctrl-C ended `| tee`, ssh was lost), it is dropped: the ranks die with the
+    launcher, which therefore may not fail before they have saved.
+    """
+    try:
+        print(f"megalm: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), sys.stderr.fileno())
 
 
 def tail(log: Path, lines: int = 20) -> list[str]:

@@ -31,6 +31,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def ignored(number: int) -> bool:
+    """Was this process started to ignore the signal, as nohup does with SIGHUP and a shell with SIGINT in the background?"""
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends, so that `descendants` still finds it."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)

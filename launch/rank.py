@@ -12,6 +12,7 @@ from pathlib import Path
 from megalm.config import ConfigError
 from megalm.data.errors import DataError
 from megalm.launch import output
+from megalm.launch.process import ignored
 from megalm.plan import PlanError
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -33,7 +34,8 @@ def run(job: str, config_path: str, overrides: Sequence[str], run_folder: str | 
     A user's mistake is one line and exit code 2, an interruption before the job took the signals over 130, anything
     else a traceback and 1.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not ignored(signal.SIGINT):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         output.prepare(run_folder)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.launch import output
-from megalm.launch.process import describe_status, end_descendants
+from megalm.launch.output import say
+from megalm.launch.process import describe_status, end_descendants, ignored
 from megalm.launch.rank import INTERRUPTED, USER_ERROR
 from megalm.parallel.stop import SECOND_SIGINT_SECONDS
 
@@ -44,7 +44,8 @@ class RankProcess:
 class Interrupts:
     """SIGINT, SIGTERM and SIGHUP of the launcher while ranks run, as a context manager.
 
-    Each asks the ranks, once, to save and leave. A second SIGINT ends everything at once.
+    Each asks the ranks, once, to save and leave. A second SIGINT ends everything at once. One that the launcher was started
+    to ignore (nohup, a shell's background job) stays ignored.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,7 +55,7 @@ class Interrupts:
         self.at_once = False
 
     def __enter__(self) -> Interrupts:
-        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS if not ignored(number)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,13 +134,8 @@ def _was_interrupted(status: int) -> bool:
 
 
 def _report(first: RankProcess, others: Sequence[RankProcess]) -> None:
-    say(f"{first} failed: {describe_status(first.status)}; the job has ended. The end of {first.log}:")
-    for line in output.tail(first.log, TAIL_LINES):
-        print(f"  | {line}", file=sys.stderr)
+    lines = [f"{first} failed: {describe_status(first.status)}; the job has ended. The end of {first.log}:"]
+    lines += [f"  | {line}" for line in output.tail(first.log, TAIL_LINES)]
     if others:
-        print(f"  (then {', '.join(f'rank {rank.rank}: {describe_status(rank.status)}' for rank in others)})", file=sys.stderr)
-
-
-def say(text: str) -> None:
-    """A line from the launcher itself."""
-    print(f"megalm: {text}", file=sys.stderr, flush=True)
+        lines.append(f"  (then {', '.join(f'rank {rank.rank}: {describe_status(rank.status)}' for rank in others)})")
+    say("\n".join(lines))

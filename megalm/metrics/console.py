@@ -95,4 +95,8 @@ def open_console(first: int, last: int, stream: TextIO | None = None) -> PlainCo
     terminal = getattr(stream, "terminal", None) or (stream if stream.isatty() else None)
     if terminal is None:
         return PlainConsole(last, stream)
-    return TerminalConsole(first, last, terminal, getattr(stream, "log", None))
+    log = getattr(stream, "log", None)
+    try:
+        return TerminalConsole(first, last, terminal, log)
+    except OSError:  # it was lost while the run was being set up
+        return PlainConsole(last, log or stream)

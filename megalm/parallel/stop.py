@@ -1,7 +1,8 @@
 """Stopping together: a signal to any rank becomes a decision of all of them at the end of a step.
 
-SIGINT and SIGTERM ask for a polite stop (save, then leave). A second SIGINT two seconds or more after the first ends the
-process at once; a SIGTERM after the first signal changes nothing, because DeepSpeed's launcher sends both.
+SIGINT, SIGTERM and SIGHUP (a lost terminal, which torchrun passes on) ask for a polite stop: save, then leave. A second SIGINT
+two seconds or more after the first ends the process at once; a SIGTERM after the first signal changes nothing, because
+DeepSpeed's launcher sends both. A signal that the process was started to ignore (nohup) stays ignored.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ class StopSignal:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._received)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._received)
         return self
 
     def __exit__(self, *exception: object) -> None:

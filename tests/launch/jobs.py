@@ -71,7 +71,8 @@ def wait_for_signal(config_path, overrides):
     folder, rank = _place(config_path, overrides)
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: signals.append(number))
     _note(folder, rank, "pid", os.getpid())
     while not signals:
         time.sleep(0.02)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +66,9 @@ class Launcher:
 
     def __exit__(self, *_: object) -> None:
         for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # the group too: a shell's pipeline doesn't end with the shell
+                with contextlib.suppress(ProcessLookupError):
+                    kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 
     def start(self, job: str, *overrides: str, command: list[str] | None = None) -> int:
@@ -120,17 +125,45 @@ class WarmLauncher(Launcher):
 
     grace = 1.0
     closed_console = False  # stdout is a pipe that nobody reads
+    ignored: tuple[int, ...] = ()  # signals that are ignored from the start, as by nohup
+    terminal: int | None = None  # the other side of the pseudo-terminal that a job of start_on_terminal runs on
 
-    def start(self, job: str, *overrides: str, command: None = None) -> int:
+    def start_on_terminal(self, job: str, *overrides: str) -> int:
+        """`start`, with all three streams on a terminal of its own; closing `terminal` hangs it up."""
+        self.terminal, slave = pty.openpty()
+        os.set_blocking(self.terminal, False)
+        pid = self.start(job, *overrides, terminal=slave)
+        os.close(slave)
+        return pid
+
+    def shown(self) -> str:
+        """What the terminal has shown since the last call. Has to be called now and then: a full terminal stops who writes."""
+        text = b""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                text += os.read(self.terminal, 1 << 16)
+        return text.decode(errors="replace")
+
+    def start(self, job: str, *overrides: str, command: None = None, terminal: int | None = None) -> int:
         pid = os.fork()
         if pid == 0:
             os.setsid()
             for name, fd in (("stdout", 1), ("stderr", 2)):
                 os.dup2(os.open(self.folder / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND), fd)
+            if terminal is not None:
+                os.close(self.terminal)
+                fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+                for fd in range(3):
+                    os.dup2(terminal, fd)
+                os.close(terminal)
+                os.environ["TERM"] = "xterm"
             if self.closed_console:
                 reader, writer = os.pipe()
                 os.close(reader)
                 os.dup2(writer, 1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which the rank server ignores
+            for number in self.ignored:
+                signal.signal(number, signal.SIG_IGN)
             supervise.GRACE_SECONDS = self.grace
             code = run.main([str(self.config), *(["--job", f"tests.launch.jobs:{job}"] if job else []), *overrides])
             sys.stdout.flush()

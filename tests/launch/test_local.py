@@ -96,6 +96,20 @@ def test_sigterm_to_the_launcher_alone_reaches_the_ranks_once(launcher):
 
 
 @warm
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(launcher):
+    """nohup, or a script's background job: neither the launcher nor the ranks take it up."""
+    launcher.ignored = (signal.SIGHUP, signal.SIGINT)
+    process = launcher.start_all("wait_for_signal")
+    for number in launcher.ignored:
+        os.killpg(process, number)
+    time.sleep(1)
+    assert exists(process) and not launcher.notes("saved")
+    os.kill(process, signal.SIGTERM)
+    assert launcher.wait(process, 30) == 0
+    assert launcher.notes("saved") == {rank: [signal.SIGTERM] for rank in range(4)}
+
+
+@warm
 def test_ctrl_c_reaches_the_whole_group(launcher):
     process = launcher.start_all("wait_for_signal")
     os.killpg(process, signal.SIGINT)

@@ -1,27 +1,37 @@
-"""Real training under the local launcher: a rank that dies, a Ctrl-C, and going on afterwards."""
+"""Real training under the local launcher: a rank that dies, a Ctrl-C, a lost terminal, and going on afterwards."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
+from megalm.checkpoint import find
 from megalm.launch.process import descendants
 from megalm.metrics import read_metrics
 from tests import training
-from tests.launch.launcher import WarmLauncher, exists, wait_until, warm
+from tests.launch.launcher import Launcher, WarmLauncher, exists, wait_until, warm
 
 
-def write_config(launcher: WarmLauncher, steps: int) -> None:
+def write_config(launcher: Launcher, steps: int, **train) -> None:
     launcher.config = training.write_config(
         launcher.folder,
         parallel={"tp": 2, "pp": 2, "dp": 1},
-        train={"dir": str(launcher.folder / "run"), "steps": steps},
+        train={"dir": str(launcher.folder / "run"), "steps": steps, **train},
     )
 
 
-def steps_done(launcher: WarmLauncher) -> list[int]:
-    return [record["step"] for record in read_metrics(launcher.folder / "run")]
+def steps_done(launcher: Launcher) -> list[int]:
+    return [record["step"] for record in read_metrics(launcher.folder / "run") if "loss" in record]
+
+
+def saved_where_it_stopped(launcher: Launcher) -> bool:
+    """The run says after which step it stopped, and the checkpoint is that step's."""
+    done = steps_done(launcher)[-1]
+    assert f"stopped after step {done} of 100000" in launcher.log(0)
+    return find(launcher.folder / "run").name == f"step_{done:08d}"
 
 
 def ranks_of(pid: int) -> list[int]:
@@ -54,3 +64,48 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(launcher):
     assert f"stopped after step {done} of 100000" in launcher.stdout
     assert launcher.run("", f"train.stop_at={done + 2}", "logging.every=1") == 0, launcher.stderr
     assert steps_done(launcher) == list(range(1, done + 3))
+
+
+def lose_the_terminal(launcher: WarmLauncher, pid: int, step: int) -> str:
+    """Hang up after that step, as when ssh is lost; returns what was on the terminal."""
+    shown = []
+    wait_until(lambda: shown.append(launcher.shown()) or len(steps_done(launcher)) >= step, 60)
+    os.close(launcher.terminal)
+    return "".join(shown)
+
+
+@warm
+def test_a_lost_terminal_saves(launcher):
+    """SIGHUP, and neither the launcher's lines nor the progress bar can be written any more."""
+    write_config(launcher, steps=100_000, eval_every=1)
+    pid = launcher.start_on_terminal("")
+    assert "tokens/s" in lose_the_terminal(launcher, pid, step=3)
+    below = descendants(pid)
+    assert launcher.wait(pid, 60) == 0, launcher.log(0)
+    assert saved_where_it_stopped(launcher)
+    assert not any(exists(process) for process in below)
+
+
+@warm
+def test_a_lost_terminal_does_not_end_a_run_under_nohup(launcher):
+    write_config(launcher, steps=40, eval_every=5)
+    launcher.ignored = (signal.SIGHUP,)
+    pid = launcher.start_on_terminal("")
+    lose_the_terminal(launcher, pid, step=3)
+    assert launcher.wait(pid, 60) == 0, launcher.log(0)
+    assert steps_done(launcher) == list(range(1, 41)) and "stopped" not in launcher.log(0)
+    assert "step 40 | validation loss" in launcher.log(0)
+
+
+def test_ctrl_c_saves_though_it_ends_the_reader_of_a_pipe(launcher):
+    """`megalm train c.json 2>&1 | tee log`: the terminal sends the signal to all three of the shell, the launcher and tee."""
+    write_config(launcher, steps=100_000)
+    pipeline = f"{sys.executable} -m megalm.cli train {launcher.config} 2>&1 | tee {launcher.folder / 'copy'}"
+    pid = launcher.start("", command=["bash", "-c", pipeline])
+    wait_until(lambda: len(steps_done(launcher)) >= 2, 90)
+    below = descendants(pid)
+    os.killpg(pid, signal.SIGINT)
+    launcher.wait(pid, 60)
+    assert saved_where_it_stopped(launcher)
+    assert "step " in Path(launcher.folder, "copy").read_text()
+    assert not any(exists(process) for process in below)

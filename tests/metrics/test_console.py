@@ -75,3 +75,13 @@ def test_behind_a_log_the_bar_is_on_the_terminal_and_the_lines_in_the_log(termin
     assert [line.partition(" |")[0] for line in log.getvalue().splitlines()] == ["step  5/10", "a note"]
     text = shown()
     assert "5/10" in text and "a note" in text and "grad norm" not in text
+
+
+def test_a_terminal_lost_before_the_bar_leaves_the_lines_in_the_log():
+    master, slave = pty.openpty()
+    stream, log = io.StringIO(), io.StringIO()
+    with os.fdopen(slave, "w") as terminal:
+        stream.terminal, stream.log = terminal, log
+        os.close(master)
+        open_console(0, 10, stream).line("a note")
+    assert log.getvalue() == "a note\n" and stream.getvalue() == ""

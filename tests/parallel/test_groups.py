@@ -118,14 +118,21 @@ def test_share_is_a_partition():
         TensorParallel(0, 4).share(10)
 
 
-def _signalled(*sent: tuple[int, float]) -> tuple[int, bool]:
-    """(exit status, still running when asked) of a child that gets these signals after these waits."""
+def _signalled(*sent: tuple[int, float], ignored: tuple[int, ...] = (), answers: bool = False) -> tuple[int, bool]:
+    """(exit status, still running when asked) of a child that gets these signals after these waits.
+
+    It was started to ignore some, and exits with 7 once it is asked to stop if it `answers`.
+    """
     child = os.fork()
     if child == 0:
-        with StopSignal():
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+        with StopSignal() as stop:
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:
                 time.sleep(0.05)
+                if answers and stop.name:
+                    os._exit(7)
         os._exit(0)
     time.sleep(0.3)
     for number, wait in sent:
@@ -145,3 +152,9 @@ def test_one_signal_is_polite_and_a_late_second_sigint_is_final():
     assert _signalled((signal.SIGINT, 0), (signal.SIGINT, 0.2)) == (0, True)
     assert _signalled((signal.SIGINT, 0), (signal.SIGTERM, 2.2)) == (0, True)
     assert _signalled((signal.SIGINT, 0), (signal.SIGINT, 2.2)) == (130, False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_asks_for_a_stop_unless_it_is_ignored_from_the_start(number):
+    assert _signalled((number, 0), answers=True) == (7, False)
+    assert _signalled((number, 0), answers=True, ignored=(number,)) == (0, True)
