@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -14,9 +16,10 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 def visible_gpus(environment: Mapping[str, str] = os.environ, driver: Path = DRIVER) -> int:
     """The number of CUDA devices that a child process will see.
 
-    CUDA_VISIBLE_DEVICES narrows what is there; as in CUDA, its list ends at the first entry that names no device ("-1", "").
+    None where torch was built without CUDA. CUDA_VISIBLE_DEVICES narrows what is there; as in CUDA, its list ends at the first
+    entry that names no device ("-1", "").
     """
-    present = _present(driver)
+    present = _present(driver) if torch_has_cuda() else 0
     listed = environment.get("CUDA_VISIBLE_DEVICES")
     if listed is None or present == 0:
         return present
@@ -26,6 +29,12 @@ def visible_gpus(environment: Mapping[str, str] = os.environ, driver: Path = DRI
             break
         count += 1
     return count
+
+
+def torch_has_cuda() -> bool:
+    """Was the installed torch built for CUDA? Its version file says so; importing it takes seconds."""
+    torch = importlib.util.find_spec("torch")
+    return torch is not None and runpy.run_path(str(Path(torch.origin).with_name("version.py")))["cuda"] is not None
 
 
 def _present(driver: Path) -> int:

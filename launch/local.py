@@ -58,14 +58,15 @@ def world_size(config: Config, gpus: int) -> int:
     """
     parallel = config.parallel
     model_ranks = parallel.tp * parallel.pp
+    replicas = 1 if parallel.dp == "auto" else parallel.dp
+    least = model_ranks * replicas
     shape = f"tp {parallel.tp} x pp {parallel.pp}"
-    if parallel.dp != "auto":
-        world = model_ranks * parallel.dp
-        if gpus and world > gpus:
-            raise PlanError([f"{shape} x dp {parallel.dp} needs {world} GPUs but {gpus} are visible here"])
-        return world
-    if not gpus:
-        return model_ranks
+    if gpus and least > gpus:
+        are = "is" if gpus == 1 else "are"
+        raise PlanError([f"{shape} x dp {replicas} needs {least} GPUs but {gpus} {are} visible here; "
+                         "with CUDA_VISIBLE_DEVICES= (empty) before the command it runs on the CPU"])
+    if parallel.dp != "auto" or not gpus:
+        return least
     if gpus % model_ranks:
         raise PlanError([f"{shape} = {model_ranks} ranks a replica don't divide the {gpus} visible GPUs: set parallel.dp"])
     return gpus

@@ -3,9 +3,11 @@
     python -m megalm.tools.quickstart [section.key=value ...]
 
 Corpus -> SentencePiece model -> .bin/.idx -> training on 8 ranks -> evaluation -> a sample. What is already there is kept.
+Where there aren't as many GPUs as ranks, the training runs on the CPU.
 """
 from __future__ import annotations
 
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -24,22 +26,39 @@ PROMPT = "def read_file(path):\n"
 NEEDED_NATS = 0.5  # how far below the unigram entropy the loss must end: what only context can give
 
 
-def step(title: str, command: Sequence[str], product: Path | None = None, save: Path | None = None) -> None:
-    """Run one command in the terminal, unless its product exists; `save` keeps what it prints. ValueError when it fails."""
+def step(title: str, command: Sequence[str], product: Path | None = None, save: Path | None = None,
+         variables: Sequence[str] = ()) -> None:
+    """Run one command in the terminal, unless its product exists; `save` keeps what it prints. ValueError when it fails.
+
+    `variables` are NAME=value of its environment.
+    """
     if product is not None and product.exists():
         print(f"\n== {title}: {product} is there already", flush=True)
         return
     program = ["megalm", *command[1:]] if command[0] == "megalm.cli" else ["python", "-m", *command]
-    shown = shlex.join(program)
+    shown = shlex.join([*variables, *program])
     print(f"\n== {title}\n$ {shown}", flush=True)
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE if save else None, text=True)
-    if done.returncode:
-        raise ValueError(f"{title} failed with exit code {done.returncode}; the command was: {shown}")
+    code, output = call(["env", *variables, sys.executable, "-m", *command], capture=save is not None)
+    if code:
+        raise ValueError(f"{title} failed with exit code {code}; the command was: {shown}")
     if save is not None:
-        print(done.stdout, end="", flush=True)
-        save.write_text(done.stdout)
+        print(output, end="", flush=True)
+        save.write_text(output)
     print(f"   {time.monotonic() - start:.1f} s", flush=True)
+
+
+def call(command: Sequence[str], capture: bool) -> tuple[int, str]:
+    """(exit code, standard output if captured) of a command. After a Ctrl-C, which it gets too, it has time to save."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE if capture else None, text=True)
+    try:
+        output, _ = process.communicate()
+    except KeyboardInterrupt:
+        while process.returncode is None:
+            with contextlib.suppress(KeyboardInterrupt):
+                process.wait()
+        raise
+    return process.returncode, output or ""
 
 
 def prepare() -> None:
@@ -53,6 +72,14 @@ def prepare() -> None:
         prefix = part.with_suffix("")
         step(f"tokenize {part}", ["megalm.cli", "preprocess", "--input", str(part), "--output", str(prefix),
                                   "--tokenizer", str(model), "--workers", "2"], prefix.with_suffix(".idx"))
+
+
+def too_few_gpus(config: Config) -> bool:
+    """True where not every rank of the config gets a GPU that torch can use."""
+    import torch
+
+    parallel = config.parallel
+    return torch.cuda.device_count() < parallel.tp * parallel.pp * (1 if parallel.dp == "auto" else parallel.dp)
 
 
 def unigram_entropy(config: Config) -> float:
@@ -83,7 +110,8 @@ def quickstart(overrides: Sequence[str]) -> int:
     start = time.monotonic()
     prepare()
     config = load(CONFIG, overrides)
-    step("train", ["megalm.cli", "train", CONFIG, *overrides])
+    step("train", ["megalm.cli", "train", CONFIG, *overrides],
+         variables=["CUDA_VISIBLE_DEVICES="] if too_few_gpus(config) else [])
     folder = Path(config.train.dir)
     generate = ["megalm.cli", "generate", "--checkpoint", config.train.dir, "--prompt", PROMPT, "--max-new-tokens", "60",
                 "--temperature", "0.8", "--top-p", "0.95", "--seed", "1"]

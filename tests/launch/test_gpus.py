@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from megalm.launch import gpus
 from megalm.launch.gpus import visible_gpus
+
+
+@pytest.fixture(autouse=True)
+def built_for_cuda(monkeypatch):
+    monkeypatch.setattr(gpus, "torch_has_cuda", lambda: True)
 
 
 @pytest.fixture
@@ -30,6 +39,17 @@ def driver(tmp_path):
 )
 def test_cuda_visible_devices_narrows(driver, listed, count):
     assert visible_gpus({} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}, driver) == count
+
+
+def test_a_torch_without_cuda_uses_none(driver, monkeypatch):
+    monkeypatch.setattr(gpus, "torch_has_cuda", lambda: False)
+    assert visible_gpus({}, driver) == 0
+
+
+def test_what_torch_was_built_for_is_known_without_importing_it():
+    program = "import sys; from megalm.launch.gpus import torch_has_cuda; print(torch_has_cuda(), 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout.split() == [str(torch.version.cuda is not None), "False"], result.stderr
 
 
 def test_without_a_driver_nvidia_smi_is_asked(tmp_path, monkeypatch):

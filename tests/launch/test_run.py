@@ -46,7 +46,12 @@ def test_world_size(config_file, dp, gpus, world):
 
 
 @pytest.mark.parametrize(
-    ("dp", "gpus", "said"), [(4, 8, "needs 16 GPUs but 8 are visible"), ("auto", 6, "divide the 6 visible GPUs")]
+    ("dp", "gpus", "said"),
+    [
+        (4, 8, r"needs 16 GPUs but 8 are visible here; with CUDA_VISIBLE_DEVICES= \(empty\) before the command"),
+        ("auto", 1, r"needs 4 GPUs but 1 is visible here; with CUDA_VISIBLE_DEVICES= \(empty\)"),
+        ("auto", 6, "divide the 6 visible GPUs"),
+    ],
 )
 def test_gpus_that_do_not_fit(config_file, dp, gpus, said):
     with pytest.raises(PlanError, match=said):
