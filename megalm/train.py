@@ -77,7 +77,8 @@ def train(config: Config, stop: StopSignal) -> int:
             notes += checkpoint.load(source.path, engine, groups, weights_only=source.weights_only,
                                      allow_changes=config.checkpoint.allow_changes)
         notes += [*plan.notes, *kernels, *(f"data: {share}" for share in loader.dataset.shares)]
-        with contextlib.closing(Logger(config, plan, rank=groups.rank, first_step=source.step)) as logger:
+        logger = groups.agreed(lambda: Logger(config, plan, rank=groups.rank, first_step=source.step))
+        with contextlib.closing(logger):
             for note in notes:
                 logger.note(note)
             run = Run(config, groups, engine, loader, valid, logger, stop, tokenizer.files(), source.consumed)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,6 +265,26 @@ def test_a_users_mistake_is_a_line_and_exit_2(world, overrides, words, tmp_path)
     path = training.write_config(tmp_path)
     for code, said in training.start(world, path, *overrides):
         assert code == 2 and words in said and "Traceback" not in said, said
+
+
+def _full_disk(rank: int, world: int, path: str, name: str) -> tuple[int, str]:
+    """run_rank on a machine whose file system has no room for the run's file `name`."""
+    write = Path.write_text
+
+    def write_text(self: Path, *arguments, **keywords) -> int:
+        if self.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write(self, *arguments, **keywords)
+
+    Path.write_text = write_text
+    return training.run_rank(rank, world, path, [])
+
+
+@pytest.mark.parametrize("name", ["config.part", "plan.part"])
+def test_a_disk_that_is_full_from_the_start_is_a_line_on_every_rank(name, tmp_path):
+    path = training.write_config(tmp_path, parallel={"tp": 2})
+    for code, said in dist.run(_full_disk, 2, str(path), name, timeout=60):
+        assert code == 2 and said.count("\n") == 1 and f"No space left on device: '{tmp_path}/run/{name}'" in said, said
 
 
 def test_changed_seed_is_refused_unless_allowed(tmp_path):

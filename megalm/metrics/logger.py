@@ -15,7 +15,7 @@ from .console import open_console
 from .jsonl import JsonLines, cut_back
 from .plot import draw_loss
 from .throughput import Throughput
-from .trackers import open_trackers
+from .trackers import open_trackers, reason
 
 
 class Result(Protocol):
@@ -31,7 +31,8 @@ class Logger:
     """Console, metrics.jsonl, TensorBoard, wandb and loss.png of one run.
 
     Every logging.every-th step and the last one are logged (0: none); evaluations always. `first_step` is the step the run
-    goes on from: records beyond it are moved to metrics.jsonl.old.
+    goes on from: records beyond it are moved to metrics.jsonl.old. Raises OSError where the run's folder can't be written; what
+    goes wrong later is named on the console, and the training goes on.
     """
 
     def __init__(self, config: Config, plan: Plan, rank: int = 0, first_step: int = 0):
@@ -87,7 +88,7 @@ class Logger:
         if not self._writes:
             return
         self._writes = False
-        finish = [("metrics.jsonl", self._records.close), *(("a tracker", tracker.close) for tracker in self._trackers),
+        finish = [("metrics.jsonl", self._records.close), *((name, tracker.close) for name, tracker in self._trackers.items()),
                   ("loss.png", lambda: draw_loss(self._folder))]
         for name, work in finish:
             try:
@@ -101,8 +102,12 @@ class Logger:
             self._records.write(record)
         except OSError as error:
             self.note(f"step {record['step']} is missing in metrics.jsonl: {error}")
-        for tracker in self._trackers:
-            tracker.write(record)
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.write(record)
+            except Exception as error:  # whatever a tracker's library raises, it isn't worth a training run
+                del self._trackers[name]
+                self.note(f"{name} is off from step {record['step']} on: {reason(error)}")
 
 
 def _write_json(path: Path, value: Any) -> None:

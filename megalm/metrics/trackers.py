@@ -14,20 +14,25 @@ WANDB_SECONDS = 30  # for an online run to answer; training doesn't wait longer 
 NOT_SHOWN = ("step",)
 
 
-def open_trackers(config: Config, folder: Path, first_step: int, note: Callable[[str], None]) -> list[Any]:
-    """The trackers that the config asks for. One that can't be opened is named by `note` and left out: training goes on."""
+def open_trackers(config: Config, folder: Path, first_step: int, note: Callable[[str], None]) -> dict[str, Any]:
+    """The trackers that the config asks for, by name. One that can't be opened is left out, as `note` is told: the run goes on."""
     wanted: list[tuple[str, Callable[[], Any]]] = []
     if config.logging.tensorboard:
         wanted.append(("tensorboard", lambda: TensorBoard(folder, first_step)))
     if config.logging.wandb is not None:
         wanted.append(("wandb", lambda: Wandb(config, folder)))
-    opened = []
+    opened = {}
     for name, make in wanted:
         try:
-            opened.append(make())
+            opened[name] = make()
         except Exception as error:  # whatever a tracker's library raises, it isn't worth a training run
-            note(f"{name} is off: {str(error).strip() or type(error).__name__}")
+            note(f"{name} is off: {reason(error)}")
     return opened
+
+
+def reason(error: Exception) -> str:
+    """What a library said, or else the kind of its error."""
+    return str(error).strip() or type(error).__name__
 
 
 def shown(record: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -135,6 +136,25 @@ def test_a_tracker_that_fails_is_named_and_left_out(tmp_path, monkeypatch, capsy
     logger.close()
     assert "wandb is off: no account" in capsys.readouterr().out
     assert len(read_metrics(tmp_path)) == 1
+
+
+def test_a_tracker_that_fails_later_is_named_once_and_left_out(tmp_path, capsys):
+    """The others go on, and so does the training."""
+    config = make_config(tmp_path, tensorboard=True, every=1)
+    logger = Logger(config, make_plan(config, 1, 257))
+    written, closed = [], []
+
+    def fail(record):
+        raise ConnectionError("the network is gone")
+
+    logger._trackers = {"wandb": SimpleNamespace(write=fail, close=lambda: closed.append(True)), **logger._trackers,
+                        "third": SimpleNamespace(write=written.append, close=lambda: None)}
+    train(logger, 0, 3)
+    logger.close()
+    out = capsys.readouterr().out
+    assert out.count("the network is gone") == 1 and "wandb is off from step 1 on: the network is gone" in out
+    assert [record["step"] for record in written] == [1, 2, 3] and not closed
+    assert len(read_metrics(tmp_path)) == 3
 
 
 def test_loss_png_is_drawn(config, plan, tmp_path):
