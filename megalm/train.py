@@ -57,14 +57,20 @@ class Run:
 
 
 def train(config: Config, stop: StopSignal) -> int:
-    """Set everything up, go on from the newest checkpoint if there is one, and run the loop."""
+    """Join the other ranks, agree with them on what runs where, and run it while no other job has the run's folder."""
     world = connect()
     shake_hands(world, checkpoint.flatten(config.model_dump(mode="json")))
-    notes: list[str] = []
     tokenizer, plan, kernels = world.agreed(lambda: _derive(config, world))
     check_deepspeed(config, plan)
     groups = start(plan, world=world)
     groups.require_shared(Path(config.train.dir), "train.dir")
+    with groups.agreed(lambda: checkpoint.hold(config.train.dir) if groups.rank == 0 else contextlib.nullcontext()):
+        return _train(config, groups, tokenizer, kernels, stop)
+
+
+def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[str], stop: StopSignal) -> int:
+    """Set everything up, go on from the newest checkpoint if there is one, and run the loop."""
+    plan, notes = groups.plan, []
     source = groups.from_first(lambda: _source(config, plan, tokenizer, notes))
     if source.finished:
         return _nothing_to_do(groups, config, source.step)

@@ -15,7 +15,7 @@ NOT_SHOWN = ("step",)
 
 
 def open_trackers(config: Config, folder: Path, first_step: int, note: Callable[[str], None]) -> dict[str, Any]:
-    """The trackers that the config asks for, by name. One that can't be opened is left out, as `note` is told: the run goes on."""
+    """The trackers that the config asks for, by name. One that can't be opened is left out, and `note` is told."""
     wanted: list[tuple[str, Callable[[], Any]]] = []
     if config.logging.tensorboard:
         wanted.append(("tensorboard", lambda: TensorBoard(folder, first_step)))

@@ -109,3 +109,25 @@ def test_ctrl_c_saves_though_it_ends_the_reader_of_a_pipe(launcher):
     assert saved_where_it_stopped(launcher)
     assert "step " in Path(launcher.folder, "copy").read_text()
     assert not any(exists(process) for process in below)
+
+
+@warm
+def test_a_second_job_in_the_same_folder_is_refused(launcher):
+    """And changes nothing of the first; a killed job leaves the folder free at once."""
+    write_config(launcher, steps=100_000)
+    pid = launcher.start("", "checkpoint.every=2")
+    wait_until(lambda: len(steps_done(launcher)) >= 3, 60)
+    with WarmLauncher(launcher.folder / "second", launcher.config) as second:
+        second.folder.mkdir()
+        assert second.run("") == 2
+        console = second.stdout + second.stderr
+        assert console.count("is in use by another job") == 1 and "Traceback" not in console
+    done = steps_done(launcher)[-1]
+    wait_until(lambda: steps_done(launcher)[-1] > done)
+    below = descendants(pid)
+    os.kill(pid, signal.SIGKILL)
+    assert launcher.wait(pid) == -9
+    wait_until(lambda: not any(exists(process) for process in below), 10)
+    saved = int(find(launcher.folder / "run").name[-8:])
+    assert launcher.run("", f"train.stop_at={saved + 1}") == 0, launcher.stderr
+    assert steps_done(launcher) == list(range(1, saved + 2))
