@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <random>
 #include <string>
@@ -35,6 +36,18 @@ struct Warp {
   alignas(16) unsigned char slots[2][LANES][SLOT_BYTES];  // two, as a fast lane may publish again before a slow one has read
 };
 
+// A copy in the background: 16 bytes, or zeros where it isn't valid.
+struct Copy {
+  void *to;
+  const void *from;
+  size_t bytes;
+  bool valid;
+  void make() const {
+    if (valid) std::memcpy(to, from, bytes);
+    else std::memset(to, 0, bytes);
+  }
+};
+
 struct Block;
 struct Fiber {
   dim3 thread;
@@ -44,6 +57,8 @@ struct Fiber {
   Wait wait = Wait::none;
   bool done = false;
   int parity = 0;
+  std::vector<Copy> copies;               // started, in no group yet
+  std::deque<std::vector<Copy>> groups;   // not waited for yet
 #if defined(__x86_64__)
   void *stack_pointer = nullptr;
 #else

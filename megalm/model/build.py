@@ -52,13 +52,19 @@ def layer_number(index: int, build: Build) -> int | Tensor:
     return torch.tensor(index) if build.config.train.compile else index
 
 
+def attention_traits(config: Config) -> tuple[str, ...]:
+    """What the model's attention asks of a backend."""
+    size = config.model.head_dim
+    return (*(("dropout",) if config.model.attention_dropout > 0 else ()), attention.dims_trait(size, size))
+
+
 def choose_kernels(config: Config, device: torch.device) -> dict[str, str]:
     """{operation: its backend and why}, settled before any layer is built.
 
     Raises ConfigError, with every one, for named backends that can't serve this model here.
     """
     chosen, problems = {}, []
-    traits = {"attention": ("dropout",) if config.model.attention_dropout > 0 else (), "activation": (config.model.activation,)}
+    traits = {"attention": attention_traits(config), "activation": (config.model.activation,)}
     for op, name in config.kernels.model_dump().items():
         try:
             run, reason = choose(op, name, Features(device.type, DTYPES[config.precision.dtype], traits.get(op, ())))

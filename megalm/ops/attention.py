@@ -1,15 +1,17 @@
 """Scaled dot-product attention (Vaswani et al., 2017) over the heads of one rank, grouped queries included.
 
-Head h of H reads key and value group h // (H / G). Causal means that the last query sees all keys: with fewer queries than keys
-(generation) the mask is aligned at the bottom right, and a query that sees no key (more queries than keys) gives 0.
-Memory: `torch` (SDPA) keeps q, k, v, the output and one number a row; `megalm` and `reference` also keep the probabilities
-[b, H, s, s_k], twice under dropout, in the input's dtype and in fp32.
+Head h of H reads key and value group h // (H / G). A query sees an interval of keys: causal, a sliding window and the bounds of
+its document, whichever is narrowest. Causal means that the last query sees all keys: with fewer queries than keys (generation)
+the mask is aligned at the bottom right, and a query that sees no key (more queries than keys) gives 0.
+Memory: `megalm`, `flash_attn` and `torch` (SDPA) keep q, k, v, the output and one number a row. `reference`, and `megalm` where
+its attention kernels don't serve (fp32, other head dims), also keep the probabilities [b, H, s, s_k], twice under dropout.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,82 +19,248 @@ from torch import Tensor
 
 from megalm.ops.dropout import dropout as keyed_dropout
 from megalm.ops.dtypes import wide
-from megalm.ops.installed import megalm_kernels
+from megalm.ops.installed import megalm_kernels, package
+from megalm.ops.kernels import attention as kernels
 from megalm.ops.random import DropoutKey, seed_of
-from megalm.ops.registry import Features, choose, register
-from megalm.ops.softmax import scaled_masked_softmax, visible
+from megalm.ops.registry import REGISTRY, Features, choose, register
+from megalm.ops.softmax import scaled_masked_softmax
+
+UNBOUNDED = -1
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, dropout: float = 0.0,
-              key: DropoutKey | None = None, samples: Tensor | None = None, heads: tuple[int, int, int] | None = None,
-              backend: str = "auto", softmax: str = "auto") -> Tensor:
-    """softmax(q k^T scale) v: q [s, b, H, d], k and v [s_k, b, G, d], strided views included -> [s, b, H, d].
+class Rules(NamedTuple):
+    """What a call asks for besides q, k and v. With offset = s_k - s, query i sees keys from i + offset - left to
+    i + offset + right (UNBOUNDED: no bound) that are in [first[b, i], last[b, i])."""
 
-    scale: default d ** -0.5. dropout: share of the probabilities dropped, by the mask of (key, samples) where `heads` =
-    (start, stop, full) are this rank's heads among all (default: it has all). `megalm` and `reference` draw the same mask under
-    every layout; `torch` seeds its own generator from the same key, which is reproducible but depends on the layout.
-    softmax: the backend of the softmax inside `megalm`.
+    left: int
+    right: int
+    first: Tensor | None        # [b, s], int32; never decreases with i
+    last: Tensor | None
+    scale: float
+    softcap: float              # softcap tanh(score / softcap), 0: none (Gemma 2, 2024)
+    slopes: Tensor | None       # [H], fp32: slopes[h] (j - i - offset) is added (ALiBi, Press et al., 2022)
+    sinks: Tensor | None        # [H]: the score of one more key, whose value is 0
+    dropout: float
+    key: DropoutKey | None
+    samples: Tensor | None
+    heads: tuple[int, int, int]
+    softmax: str                # the backend of the softmax of scores, where megalm's attention is made of one
+
+    def traits(self, head_dim: int, value_dim: int, lse: bool) -> tuple[str, ...]:
+        """What a backend may not be able to do, as the registry's table has it."""
+        asked = {"dropout": self.dropout > 0.0, "softcap": self.softcap > 0.0, "alibi": self.slopes is not None,
+                 "sinks": self.sinks is not None, "lse": lse, "window": self.left >= 0 or self.right > 0,
+                 "documents": self.first is not None or self.last is not None}
+        return (*(name for name, is_asked in asked.items() if is_asked), dims_trait(head_dim, value_dim))
+
+    @property
+    def causal_only(self) -> bool:
+        """Nothing but perhaps causal narrows what is seen."""
+        return self.left < 0 and self.right <= 0 and self.first is None and self.last is None
+
+
+def dims_trait(head_dim: int, value_dim: int) -> str:
+    """The trait that says which head dims a call has."""
+    return f"head_dim={head_dim}" if head_dim == value_dim else f"head_dim={head_dim}/{value_dim}"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
+              window: tuple[int, int] | None = None, documents: tuple[Tensor, Tensor] | None = None, softcap: float = 0.0,
+              slopes: Tensor | None = None, sinks: Tensor | None = None, dropout: float = 0.0, key: DropoutKey | None = None,
+              samples: Tensor | None = None, heads: tuple[int, int, int] | None = None, return_lse: bool = False,
+              backend: str = "auto", softmax: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + mask) v: q [s, b, H, d], k [s_k, b, G, d], v [s_k, b, G, e], strided views too -> [s, b, H, e].
+
+    scale: default d ** -0.5. window: (keys before, keys after) the query's own place that it sees, UNBOUNDED for no bound; causal
+    narrows `after` to 0. documents: int32 bounds [b, s] of the keys that each query may see (`document_bounds`). softcap, slopes,
+    sinks: see Rules. dropout: share of probabilities dropped, by the mask of (key, samples); `heads` = (start, stop, full) are
+    this rank's heads among all (default: it has all); `megalm` and `reference` draw the same mask under every layout, `torch`
+    and `flash_attn` their own. return_lse: also the natural logarithm of each row's sum of exponentials, fp32 [b, H, s], -inf
+    where a query sees nothing: what parts of an attention are merged by. softmax: the backend of the softmax of scores, where
+    `megalm` has no kernel of the whole.
     Raises ValueError for shapes that don't fit, dropout without key and samples, or a backend that can't serve.
     """
-    if q.shape[2] % k.shape[2] or k.shape != v.shape or q.shape[1::2] != k.shape[1::2]:
-        raise ValueError(f"attention shapes q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need q [s, b, H, d] and "
-                         "k, v [s_k, b, G, d] with G dividing H")
-    traits = ()
-    if dropout > 0.0:
-        if key is None or samples is None:
-            raise ValueError(f"attention dropout {dropout} needs a key and the sample indices")
-        heads = (0, q.shape[2], q.shape[2]) if heads is None else heads
-        traits = ("dropout",)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    rules = _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax)
+    traits = rules.traits(q.shape[3], v.shape[3], return_lse)
     run, _ = choose("attention", backend, Features(q.device.type, q.dtype, traits))
-    return run(q, k, v, causal, scale, dropout, key, samples, heads, softmax)
+    out, lse = run(q, k, v, rules)
+    return (out, lse) if return_lse else out
 
 
-def _with_scores(q, k, v, causal: bool, scale: float, dropout: float, key, samples, heads, softmax: str) -> Tensor:
-    """By scores and probabilities that stand in memory, in the dtype of q, k and v; the softmax computes in fp32."""
-    (s, b, h, d), (s_k, _, g, _) = q.shape, k.shape
-    # The power of two in the scale goes into the keys, where it is exact: fp16 holds no product of long vectors unscaled.
-    rest, exponent = math.frexp(scale)
-    # A group's heads stand one below the other, so that its keys and values are not repeated for each.
-    query = q.permute(1, 2, 0, 3).reshape(b, g, h // g * s, d)                 # [b, G, (H/G) s, d]
-    keys = (k * 2.0**exponent).permute(1, 2, 3, 0)                             # [b, G, d, s_k]
-    values = v.permute(1, 2, 0, 3)                                             # [b, G, s_k, d]
-    scores = torch.matmul(query, keys).view(b, h, s, s_k)
-    probabilities = scaled_masked_softmax(scores, rest, causal=causal, backend=softmax)
-    if dropout > 0.0:
-        extents = [heads, (0, s, s), (0, s_k, s_k)]
-        probabilities = keyed_dropout(probabilities, key, samples, extents, dropout, batch_dim=0)
-    context = torch.matmul(probabilities.view(b, g, h // g * s, s_k), values)  # [b, G, (H/G) s, d]
-    return context.view(b, h, s, d).permute(2, 0, 1, 3)                        # -> [s, b, H, d]
-
-
-def _reference(q, k, v, causal: bool, scale: float, dropout: float, key, samples, heads, softmax: str) -> Tensor:
-    return _with_scores(wide(q), wide(k), wide(v), causal, scale, dropout, key, samples, heads, "reference").to(q.dtype)
-
-
-def _torch(q, k, v, causal: bool, scale: float, dropout: float, key, samples, heads, softmax: str) -> Tensor:
-    s, s_k = q.shape[0], k.shape[0]
-    if causal and s > s_k:   # the first queries see nothing
-        seen = _torch(q[s - s_k:], k, v, causal, scale, dropout, key, samples, heads, softmax)
-        return torch.cat((torch.zeros_like(q[:s - s_k]), seen))
-    # SDPA's own causal mask is aligned at the top left, which is right for s = s_k only; a single query sees all keys.
-    mask = visible(s, s_k, q.device) if causal and 1 < s < s_k else None
-    query, keys, values = (x.permute(1, 2, 0, 3) for x in (q, k, v))           # views [b, heads, s, d]
-    options = dict(attn_mask=mask, is_causal=causal and 1 < s == s_k, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
+def _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax) -> Rules:
+    if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or q.shape[1::2] != k.shape[1::2]:
+        raise ValueError(f"attention shapes q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need q [s, b, H, d], "
+                         "k [s_k, b, G, d] and v [s_k, b, G, e] with G dividing H")
+    if dropout > 0.0 and (key is None or samples is None):
+        raise ValueError(f"attention dropout {dropout} needs a key and the sample indices")
+    if softcap < 0.0:
+        raise ValueError(f"attention softcap must be positive, or 0 for none, not {softcap}")
+    first, last = (None, None) if documents is None else documents
+    for name, bound in (("first", first), ("last", last)):
+        if bound is not None and (bound.shape != (q.shape[1], q.shape[0]) or bound.dtype != torch.int32):
+            raise ValueError(f"attention documents: {name} must be int32 [b, s] = {(q.shape[1], q.shape[0])}, not {bound.dtype} "
+                             f"{tuple(bound.shape)}")
+    for name, values in (("slopes", slopes), ("sinks", sinks)):
+        if values is not None and values.shape != (q.shape[2],):
+            raise ValueError(f"attention {name} must be one number a head, [{q.shape[2]}], not {tuple(values.shape)}")
+    left, right = (UNBOUNDED, UNBOUNDED) if window is None else window
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if dropout == 0.0:
+        key = samples = None
+    heads = (0, q.shape[2], q.shape[2]) if heads is None else heads
+    return Rules(left, 0 if causal else right, first, last, scale, softcap, slopes, sinks, dropout, key, samples, heads,
+                 softmax)
+
+
+def document_bounds(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """(first, last) int32 [1, s] for documents packed one after the other, from their cumulative lengths [documents + 1].
+
+    With other lengths of the keys, causal aligns each document's last query with its last key; call attention with causal=False
+    then. With the same lengths attention's own causal does that.
+    """
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    lengths = cu_seqlens_q.diff()
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)      # [s]
+    first, last = cu_seqlens_k[:-1][document], cu_seqlens_k[1:][document]
+    if causal:
+        behind = cu_seqlens_q[1:][document] - torch.arange(len(document), device=lengths.device) - 1    # queries after this one
+        last = torch.maximum(last - behind, first)
+    return first.int()[None], last.int()[None]
+
+
+def visible(queries: int, keys: int, rules: Rules, device) -> Tensor:
+    """Which key each query may see: bool [s, s_k], or [b, 1, s, s_k] where there are documents."""
+    key = torch.arange(keys, device=device)
+    place = torch.arange(queries, device=device)[:, None] + keys - queries        # the key that a query stands at
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if rules.left >= 0:
+        seen = seen & (key >= place - rules.left)
+    if rules.right >= 0:
+        seen = seen & (key <= place + rules.right)
+    for bound, inside in ((rules.first, torch.ge), (rules.last, torch.lt)):
+        if bound is not None:
+            seen = seen & inside(key, bound[:, None, :, None])
+    return seen
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    (s, b, h, d), (s_k, _, g, e) = q.shape, v.shape
+    query = wide(q).permute(1, 2, 0, 3).reshape(b, g, h // g, s, d)            # [b, G, H/G, s, d]
+    keys = wide(k).permute(1, 2, 3, 0).unsqueeze(2)                            # [b, G, 1, d, s_k]
+    values = wide(v).permute(1, 2, 0, 3).unsqueeze(2)                          # [b, G, 1, s_k, e]
+    scores = (torch.matmul(query, keys) * rules.scale).view(b, h, s, s_k)
+    if rules.softcap > 0.0:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    if rules.slopes is not None:
+        distance = torch.arange(s_k, device=q.device) - torch.arange(s, device=q.device)[:, None] - (s_k - s)
+        scores = scores + wide(rules.slopes)[:, None, None] * distance
+    if rules.left >= 0 or rules.right >= 0 or rules.first is not None or rules.last is not None:
+        scores = scores.masked_fill(~visible(s, s_k, rules, q.device), -torch.inf)
+    # By hand and not by softmax, so that a row that sees no key is 0 with gradient 0, not NaN.
+    maximum = scores.detach().amax(dim=-1, keepdim=True) if s_k else scores.new_full((b, h, s, 1), -torch.inf)
+    sinks = None if rules.sinks is None else wide(rules.sinks)[None, :, None, None]
+    if sinks is not None:
+        maximum = torch.maximum(maximum, sinks.detach())
+    maximum = torch.where(maximum == -torch.inf, 0.0, maximum)
+    exponentials = torch.exp(scores - maximum)
+    total = exponentials.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - maximum)
+    lse = (torch.log(total) + maximum).squeeze(-1)                             # [b, H, s]
+    probabilities = exponentials / torch.where(total == 0, 1.0, total)
+    if rules.dropout > 0.0:
+        extents = [rules.heads, (0, s, s), (0, s_k, s_k)]
+        probabilities = keyed_dropout(probabilities, rules.key, rules.samples, extents, rules.dropout, batch_dim=0)
+    context = torch.matmul(probabilities.view(b, g, h // g, s, s_k), values)   # [b, G, H/G, s, e]
+    return context.reshape(b, h, s, e).permute(2, 0, 1, 3).to(q.dtype), lse.to(torch.promote_types(lse.dtype, torch.float32))
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, None]:
+    s, s_k = q.shape[0], k.shape[0]
+    causal = rules.right == 0
+    if rules.causal_only and causal and s > s_k:   # the first queries see nothing
+        seen, _ = _torch(q[s - s_k:], k, v, rules)
+        return torch.cat((seen.new_zeros(s - s_k, *seen.shape[1:]), seen)), None
+    mask, dead = None, None
+    if not rules.causal_only or causal and 1 < s < s_k:
+        # SDPA's own causal mask is aligned at the top left, which is right for s = s_k only; a single query sees all keys.
+        mask = visible(s, s_k, rules, q.device)
+        # A row that sees nothing is NaN in some of SDPA's backends: it is shown everything, and its output is 0.
+        dead = ~mask.any(-1, keepdim=True)
+        mask = mask | dead
+    query, keys, values = (x.permute(1, 2, 0, 3) for x in (q, k, v))           # views [b, heads, s, d]
+    options = dict(attn_mask=mask, is_causal=mask is None and causal and s > 1, scale=rules.scale,
+                   enable_gqa=q.shape[2] != k.shape[2])
+    if rules.dropout == 0.0:
         context = F.scaled_dot_product_attention(query, keys, values, **options)
     else:
         devices = [q.device] if q.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(_call_seed(key, samples, heads))
-            context = F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout, **options)
-    return context.permute(2, 0, 1, 3)                                         # [b, H, s, d] -> [s, b, H, d]
+            torch.manual_seed(_call_seed(rules))
+            context = F.scaled_dot_product_attention(query, keys, values, dropout_p=rules.dropout, **options)
+    if dead is not None and not rules.causal_only:
+        context = context.masked_fill(dead, 0.0)
+    return context.permute(2, 0, 1, 3), None                                   # [b, H, s, e] -> [s, b, H, e]
 
 
-def _call_seed(key: DropoutKey, samples: Tensor, heads: tuple[int, int, int]) -> int:
+def _call_seed(rules: Rules) -> int:
     """A seed of a call: of its key, samples and heads, so that micro-batches and ranks draw different masks."""
-    text = f"{seed_of(key)} {samples.tolist()} {heads}"
+    text = f"{seed_of(rules.key)} {rules.samples.tolist()} {rules.heads}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-register("attention", {"megalm": megalm_kernels}, torch=_torch, megalm=_with_scores, reference=_reference)
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, None]:
+    from flash_attn import flash_attn_func
+
+    query, keys, values = (x.transpose(0, 1) for x in (q, k, v))               # views [b, s, heads, d]
+    context = flash_attn_func(query, keys, values, dropout_p=rules.dropout, softmax_scale=rules.scale, causal=rules.right == 0,
+                              window_size=(rules.left, rules.right), softcap=rules.softcap, alibi_slopes=rules.slopes)
+    return context.transpose(0, 1), None
+
+
+# What of a call the product of softmax kernel and matrix products can't serve.
+_KERNEL_ONLY = ("softcap", "alibi", "sinks", "lse")
+
+
+def _fused(dtype: torch.dtype, dims: str) -> bool:
+    """Whether csrc has an attention kernel of this dtype and head dims."""
+    return dtype in (torch.bfloat16, torch.float16) and dims in REGISTRY.table["backends"]["attention"]["megalm"]["kernels"]
+
+
+def _megalm_serves(features: Features) -> str | None:
+    reason = megalm_kernels(features)
+    dims = next((trait for trait in features.traits if trait.startswith("head_dim=")), "")
+    asked = [trait for trait in features.traits if trait in _KERNEL_ONLY]
+    if reason is None and asked and not _fused(features.dtype, dims):
+        known = ", ".join(REGISTRY.table["backends"]["attention"]["megalm"]["kernels"])
+        reason = f"{asked[0]} needs an attention kernel: they take bf16 and fp16 with {known}"
+    return reason
+
+
+def _megalm(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor | None]:
+    if _fused(q.dtype, dims_trait(q.shape[3], v.shape[3])):
+        return kernels.attention(q, k, v, rules)
+    return _with_scores(q, k, v, rules), None
+
+
+def _with_scores(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
+    """By scores and probabilities that stand in memory, in the dtype of q, k and v; the softmax computes in fp32."""
+    (s, b, h, d), (s_k, _, g, e) = q.shape, v.shape
+    # The power of two in the scale goes into the keys, where it is exact: fp16 holds no product of long vectors unscaled.
+    rest, exponent = math.frexp(rules.scale)
+    # A group's heads stand one below the other, so that its keys and values are not repeated for each.
+    query = q.permute(1, 2, 0, 3).reshape(b, g, h // g * s, d)                 # [b, G, (H/G) s, d]
+    keys = (k * 2.0**exponent).permute(1, 2, 3, 0)                             # [b, G, d, s_k]
+    values = v.permute(1, 2, 0, 3)                                             # [b, G, s_k, e]
+    scores = torch.matmul(query, keys).view(b, h, s, s_k)
+    mask = None if rules.causal_only else visible(s, s_k, rules, q.device).expand(b, 1, s, s_k)
+    probabilities = scaled_masked_softmax(scores, rest, causal=rules.right == 0, mask=mask, backend=rules.softmax)
+    if rules.dropout > 0.0:
+        extents = [rules.heads, (0, s, s), (0, s_k, s_k)]
+        probabilities = keyed_dropout(probabilities, rules.key, rules.samples, extents, rules.dropout, batch_dim=0)
+    context = torch.matmul(probabilities.view(b, g, h // g * s, s_k), values)  # [b, G, (H/G) s, e]
+    return context.view(b, h, s, e).permute(2, 0, 1, 3)                        # -> [s, b, H, e]
+
+
+register("attention", {"megalm": _megalm_serves, "flash_attn": package("flash_attn", "flash_attn")},
+         megalm=_megalm, torch=_torch, flash_attn=_flash_attn, reference=_reference)

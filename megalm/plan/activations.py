@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from megalm.config import Config
 
+from .backends import has_attention_kernel
 from .plan import Plan
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -58,7 +59,7 @@ def _attention_core(config: Config, plan: Plan) -> int:
     that is not the input's) and the probabilities, again after dropout or beside what the reference's softmax keeps."""
     model, heads = config.model, config.model.num_attention_heads // plan.tp
     rows, backend = plan.micro_batch * heads * model.seq_length, plan.backends["attention"]
-    if backend not in ("megalm", "reference"):
+    if backend not in ("megalm", "reference") or backend == "megalm" and has_attention_kernel(config):
         return rows * 4
     query, key = _query_and_key(config, plan)
     width = WIDTH[config.precision.dtype]

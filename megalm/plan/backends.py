@@ -28,6 +28,12 @@ def intended_backends(config: Config) -> dict[str, str]:
     return chosen
 
 
+def has_attention_kernel(config: Config) -> bool:
+    """Whether csrc has a kernel of the whole attention for this precision and head dim, which keeps no scores."""
+    known = _table().get("backends", {}).get("attention", {}).get("megalm", {}).get("kernels", [])
+    return config.precision.dtype != "fp32" and f"head_dim={config.model.head_dim}" in known
+
+
 def _table() -> dict[str, Any]:
     file = resources.files("megalm") / "ops" / "backends.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

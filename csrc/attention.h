@@ -1,0 +1,74 @@
+/* Attention without an s x s buffer: out = softmax(scale q k^T + mask) v (Vaswani et al., 2017; the tiling and the running maximum are
+ * those of Dao, FlashAttention-2, 2023).
+ *
+ * A query sees an interval of keys. With offset = keys - queries (so that the last query is aligned with the last key), query i sees
+ * key j where
+ *   i + offset - left <= j <= i + offset + right          left or right < 0: no bound; causal is right = 0
+ *   first[i] <= j < last[i]                               where given: the bounds of its document
+ * Neither bound may decrease with i. A query that sees no key has out 0 and lse -inf.
+ *
+ * Score of a seen pair: x = scale q k; with softcap > 0, softcap tanh(x / softcap) (Gemma 2, 2024); plus slopes[h] (j - i - offset)
+ * (ALiBi, Press et al., 2022). A sink is a score of one more key whose value is 0. Dropout zeroes probabilities by the keyed mask of
+ * megalm/ops/random.py, an element's place being ((head_first + h) queries + i) keys + j, and divides the others by 1 - p; it is on
+ * where samples are given. Query head h reads key and value group
+ * h / (heads / groups). Strides are in elements and multiples of 8; the last dim is contiguous and rows 16-byte aligned.
+ */
+#pragma once
+#include "common/api.h"
+
+typedef struct {
+  const void *q;        /* [queries, batch, heads, head_dim] by strides */
+  const void *k;        /* [keys, batch, groups, head_dim] by strides */
+  const void *v;        /* [keys, batch, groups, value_dim] by strides */
+  const void *first;    /* [batch, queries] int32 or null */
+  const void *last;     /* [batch, queries] int32 or null */
+  const void *slopes;   /* [heads] fp32 or null */
+  const void *sinks;    /* [heads] fp32 or null */
+  const void *samples;  /* [batch] int64, global sample indices: dropout is on; or null */
+  void *out;            /* [queries, batch, heads, value_dim] by strides */
+  void *lse;            /* [batch, heads, queries] fp32: natural log of the sum of exponentials, sink included */
+  int64_t batch, heads, groups, queries, keys, head_dim, value_dim;
+  int64_t q_row, q_batch, q_head, k_row, k_batch, k_head, v_row, v_batch, v_head, out_row, out_batch, out_head;
+  int64_t left, right, head_first;
+  double scale, softcap, kept;  /* kept: what a kept probability is multiplied with, 1 / (1 - p) */
+  uint32_t key0, key1, threshold;
+  int32_t dtype;
+} megalm_attention_forward_params;
+MEGALM_OPERATION(attention_forward);
+
+/* delta[b][h][i] = sum over the value dim of grad_out out, which is what the gradient of a softmax subtracts. */
+typedef struct {
+  const void *out;       /* [queries, batch, heads, value_dim] by strides */
+  const void *grad_out;  /* [queries, batch, heads, value_dim] by strides */
+  void *delta;           /* [batch, heads, queries] fp32 */
+  int64_t batch, heads, queries, value_dim;
+  int64_t out_row, out_batch, out_head, grad_row, grad_batch, grad_head;
+  int32_t dtype;
+} megalm_attention_delta_params;
+MEGALM_OPERATION(attention_delta);
+
+/* With p = exp(score - lse) and g = p (grad_out v^T - delta) dscore/dproduct:
+ *
+ *   grad_v = p^T grad_out        grad_k = g^T q        grad_q = g k
+ *
+ * Each gradient element is summed by one block in a fixed order: no atomics, the same bits every time, no s x s workspace. The price
+ * is that scores are computed twice, once for the gradients of keys and values and once for that of the queries.
+ */
+typedef struct {
+  const void *q, *k, *v;  /* as in the forward pass */
+  const void *grad_out;   /* [queries, batch, heads, value_dim] by strides */
+  const void *lse;        /* [batch, heads, queries] fp32 */
+  const void *delta;      /* [batch, heads, queries] fp32 */
+  const void *first, *last, *slopes, *samples;
+  void *grad_q;           /* [queries, batch, heads, head_dim] by strides */
+  void *grad_k;           /* [keys, batch, groups, head_dim] by strides */
+  void *grad_v;           /* [keys, batch, groups, value_dim] by strides */
+  int64_t batch, heads, groups, queries, keys, head_dim, value_dim;
+  int64_t q_row, q_batch, q_head, k_row, k_batch, k_head, v_row, v_batch, v_head, out_row, out_batch, out_head;
+  int64_t grad_q_row, grad_q_batch, grad_q_head, grad_k_row, grad_k_batch, grad_k_head, grad_v_row, grad_v_batch, grad_v_head;
+  int64_t left, right, head_first;
+  double scale, softcap, kept;
+  uint32_t key0, key1, threshold;
+  int32_t dtype;
+} megalm_attention_backward_params;
+MEGALM_OPERATION(attention_backward);
