@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from megalm.ops.dropout import bias_dropout_add
-from megalm.ops.kernels.dropout import dropout_backward, dropout_forward
+from megalm.ops.kernels.dropout import _FORWARD, dropout_backward, dropout_forward
 from megalm.ops.random import MLP_OUTPUT, DropoutKey, keep_mask
 from megalm.tools.build_kernels import CSRC, GXX_FLAGS
 from megalm.tools.kernel_cases.accuracy import randn
@@ -44,6 +44,16 @@ def test_philox_reproduces_published_vectors(shim_library, tmp_path):
     subprocess.run(["g++", *GXX_FLAGS, f"-I{CSRC}", str(source), "-o", str(tmp_path / "philox")], check=True)
     printed = subprocess.run([str(tmp_path / "philox")], capture_output=True, text=True, check=True).stdout
     assert printed.splitlines() == [expected for _, _, expected in VECTORS]
+
+
+def test_an_element_is_kept_where_its_word_is_the_threshold(shim):
+    """Block 0 of sample 0 under the key 0, whose words are the first published vector."""
+    x, out, samples = torch.ones(1, 1, 4), torch.empty(1, 1, 4), torch.zeros(1, dtype=torch.int64)
+    for lane, word in enumerate(words(VECTORS[0][2])):
+        for threshold, kept in ((word, True), (word + 1, False)):
+            _FORWARD(x.device, x=x, bias=None, residual=None, samples=samples, out=out, rows=1, width=4, batch=1, start=0,
+                     scale=1.0, key0=0, key1=0, threshold=threshold, dtype=0)
+            assert bool(out[0, 0, lane]) == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

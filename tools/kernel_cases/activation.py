@@ -10,8 +10,8 @@ from megalm.ops.activation import geglu, gelu, swiglu
 from megalm.tools.kernel_cases.accuracy import randn
 from megalm.tools.kernel_cases.case import Case
 
-# Rows and width of the result: packs and single elements, blocks that end within a row, more rows than a tile has.
-SMALL = [(3, 64), (70, 24), (5, 33), (2, 2048), (40, 7), (37, 130)]
+# Rows and width of the result: packs and single elements, blocks that end within a row, more rows than the tiles of a grid have.
+SMALL = [(3, 64), (150, 24), (5, 33), (2, 2048), (40, 7), (37, 130)]
 LARGE = [(2048, 14336), (2048, 11008), (1024, 28672), (16384, 1368), (2049, 4095)]
 EXTREMES = [0.0, 1e-4, 0.3, 5.0, 20.0, 90.0, 200.0, 2e4]
 

@@ -12,8 +12,10 @@ from megalm.tools.kernel_cases.accuracy import randn
 from megalm.tools.kernel_cases.case import Case
 
 KEY = DropoutKey(seed=2**40 + 5, step=2**33 + 7, layer=3, op=MLP_OUTPUT)
-# Positions, samples, width, the first position and how many there are: widths in packs, in blocks of four and odd ones.
-SMALL = [(3, 2, 64, 0, 3), (5, 3, 20, 10, 17), (7, 2, 33, 7, 14), (2, 3, 1, 3, 5), (40, 1, 260, 40, 80)]
+# Positions, samples, width, the first position and how many there are: widths in packs, in blocks of four and odd ones, more rows
+# than the tiles of a grid have, places beyond 32 bits.
+SMALL = [(3, 2, 64, 0, 3), (5, 3, 20, 10, 17), (7, 2, 33, 7, 14), (2, 3, 1, 3, 5), (100, 1, 260, 100, 200),
+         (2, 2, 16, 2**33, 2**34)]
 LARGE = [(8192, 1, 4096, 0, 8192), (2048, 4, 8192, 2048, 4096), (4096, 2, 5120, 0, 4096), (4097, 1, 4095, 3, 4100)]
 
 
