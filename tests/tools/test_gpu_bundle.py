@@ -9,6 +9,7 @@ import pytest
 from megalm.tools import gpu_bundle
 from megalm.tools.gpu_bundle import BUILT, WHEELS, pinned, problems, requirements
 
+DEEPSPEED = pinned(["deepspeed"])[0].replace("==", "-")
 NATIVE = {"msgpack", "ninja", "psutil", "pydantic_core", "sentencepiece"}
 
 
@@ -48,7 +49,7 @@ def test_a_whole_bundle_has_no_problem(folder):
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda folder: next(folder.glob("hjson*")).unlink(), ["no wheel of hjson", f"{pinned(['deepspeed'])[0].replace('==', '-')}-py3-none-any.whl needs hjson"]),
+    (lambda folder: next(folder.glob("hjson*")).unlink(), ["no wheel of hjson", f"{DEEPSPEED}-py3-none-any.whl needs hjson"]),
     (lambda folder: make(folder, "einops", "0.1"), [f"two versions of einops: 0.1 and {pinned(['einops'])[0][8:]}"]),
     (lambda folder: make(folder, "left-pad", "1.0", needs=["right-pad>2"]), ["left_pad-1.0-py3-none-any.whl needs right-pad>2"]),
     (lambda folder: make(folder, "left-pad", "1.0", tag="cp311-cp311-manylinux_2_17_x86_64"),

@@ -124,7 +124,8 @@ def _compile(settings: Settings) -> dict[str, Any]:
     target = TARGETS.get(torch.cuda.get_device_capability()[0], "sm_80")  # whose PTX serves the others
     about = build_kernels.LIBRARY_FOLDER / build_kernels.ABOUT
     known = json.loads(about.read_text()) if about.exists() else {}
-    if target not in known.get("targets", []) or known.get("sources") != build_kernels.sources_digest():
+    stale = bool(build_kernels.sources()) and known.get("sources") != build_kernels.sources_digest()
+    if stale or target not in known.get("targets", []):
         build_kernels.build_cuda(targets=sorted({target, *known.get("targets", [])}), report=lambda line: print(line, flush=True))
         known = json.loads(about.read_text())
     resources = known["resources"]

@@ -220,9 +220,10 @@ def check(arguments: argparse.Namespace) -> int:
 
 def default_path(device: str, dry_run: bool) -> Path:
     """benchmarks/gpu/<device>-<date>.json, in build/ for a dry run."""
+    root = ROOT if (ROOT / "csrc").exists() else Path.cwd()  # a checkout, else wherever the user stands
     if dry_run:
-        return ROOT / "build/gpu/dry-run.json"
-    return ROOT / "benchmarks/gpu" / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{time.strftime('%Y-%m-%d')}.json"
+        return root / "build/gpu/dry-run.json"
+    return root / "benchmarks/gpu" / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{time.strftime('%Y-%m-%d')}.json"
 
 
 def main(argv: Sequence[str], description: str) -> int:
