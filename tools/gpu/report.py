@@ -13,7 +13,7 @@ def failures(document: Document) -> list[str]:
     """Stages and items that failed and targets that were not met, in words."""
     found = []
     for stage, part in document["stages"].items():
-        if part["status"].startswith("failed"):
+        if part["status"].startswith("failed") or (stage == "build" and part["status"] != "done"):
             found.append(f"{stage}: {part['status']}")
         for result in part["results"]:
             if "failed" in result:

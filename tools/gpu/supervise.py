@@ -32,17 +32,17 @@ TAIL_LINES = 15
 
 @dataclass(frozen=True)
 class Stage:
-    """`weight`: its share of the time that is left when it begins. `fresh`: each item gets a new process."""
+    """`share`: how much of the time that is left it may take, unless it is the last. `fresh`: each item gets a new process."""
 
     name: str
-    weight: float
+    share: float
     item_seconds: float
     fresh: bool = False
 
 
-STAGES = (Stage("build", 3, 300), Stage("cases", 4, 60), Stage("bench", 5, 150), Stage("train", 5, 240, fresh=True),
-          Stage("sanitize", 2, 150))
-MACHINE = Stage("machine", 1, 60)
+STAGES = (Stage("build", 0.7, 600), Stage("cases", 0.35, 60), Stage("bench", 0.45, 150), Stage("train", 0.75, 240, fresh=True),
+          Stage("sanitize", 1.0, 150))
+MACHINE = Stage("machine", 1.0, 60)
 
 
 class Record:
@@ -205,9 +205,9 @@ def check(arguments: argparse.Namespace) -> int:
     log.write_text("")
     record = Record(path, {**about, "date": time.strftime("%Y-%m-%d"), "minutes": arguments.minutes, **settings})
     chosen = [stage for stage in STAGES if stage.name in arguments.stages]
-    for index, stage in enumerate(chosen):
+    for stage in chosen:
         left = max(0.0, end - time.monotonic())
-        seconds = left * stage.weight / sum(other.weight for other in chosen[index:])
+        seconds = left if stage is chosen[-1] else left * stage.share
         part = record.begin(stage.name, seconds)
         record.save()
         supervise(stage, settings, seconds, part, log, record.save)
@@ -232,7 +232,7 @@ def main(argv: Sequence[str], description: str) -> int:
     parser = Parser(prog="gpu_check", description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [stage.name for stage in STAGES]
     parser.add_argument("--stages", nargs="+", choices=names, default=names, help="default: all")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything; stages share what is left by their weights")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything; each stage may take a share of what is left")
     parser.add_argument("--out", type=Path, help="the JSON file; the table and a log go beside it")
     parser.add_argument("--seed", type=int, help="of the inputs of the cases; default: a new one each run")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, through the shim, with tiny shapes")
