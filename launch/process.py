@@ -11,6 +11,7 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 PR_SET_CHILD_SUBREAPER = 36
+KILL_SECONDS = 60.0  # from SIGKILL to the end: the kernel takes a while for a large memory, or a GPU's
 
 
 def _prctl(option: int, value: int) -> None:
@@ -61,16 +62,18 @@ def descendants(root: int) -> list[int]:
 def end_descendants(patience: float) -> list[int]:
     """Reap every descendant of this process; after `patience` seconds SIGKILL those that remain and return their pids.
 
+    One that waits in the kernel, for a device or a file system that hangs, doesn't end: after KILL_SECONDS it is left behind.
     Needs `adopt_orphans` for grandchildren to be reaped here.
     """
     deadline = time.monotonic() + patience
+    give_up = deadline + KILL_SECONDS
     killed: list[int] = []
     while True:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         left = descendants(os.getpid())
-        if not left:
+        if not left or time.monotonic() >= give_up:
             return killed
         if time.monotonic() >= deadline:
             for pid in left:

@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.launch import output
+from megalm.launch import output, process
 from megalm.launch.output import say
-from megalm.launch.process import describe_status, end_descendants, ignored
+from megalm.launch.process import descendants, describe_status, end_descendants, ignored
 from megalm.launch.rank import INTERRUPTED, USER_ERROR
 from megalm.parallel.stop import SECOND_SIGINT_SECONDS
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # from the first failure to SIGKILL for the rest: time for their own last words
+STOP_SECONDS = 2400.0  # from a polite stop to SIGKILL: a step and a checkpoint; ranks wait for each other at most 1800
+LEAVE_SECONDS = 900.0  # from the first rank that ends well to SIGKILL for the rest: rank 0 may have a tracker to finish
 FLUSH_SECONDS = 1.0  # where the job didn't end well: for the last of rank 0's output
 LEFTOVER_SECONDS = 10.0  # for helpers of ranks that ended well (loggers that are still writing)
 TAIL_LINES = 20
@@ -74,24 +76,35 @@ def supervise(ranks: Sequence[RankProcess], interrupts: Interrupts) -> int:
     """Wait for every rank; returns the exit code of the job: 0 if all ended with 0.
 
     When a rank fails, its place, its exit code or signal and the end of its log are printed, and the others are
-    SIGKILLed after a short grace: a SIGTERM would ask them to save together with a rank that is gone.
+    SIGKILLed after a short grace: a SIGTERM would ask them to save together with a rank that is gone. Ranks that go on for
+    too long after a polite stop, or after another has ended well, have failed.
     """
     first: RankProcess | None = None
     told = False
-    deadline = float("inf")
+    patience = _Patience()
     while any(rank.status is None for rank in ranks):
         for rank in _ended(ranks):
             if rank.failed and first is None:
                 first = rank
-                deadline = time.monotonic() + GRACE_SECONDS
+                patience.at_most(GRACE_SECONDS, f"{rank} had failed")
+            else:
+                patience.at_most(LEAVE_SECONDS, f"{rank} had ended")
         if interrupts.first is not None and not told:
             told = True
             _signal_all(ranks, signal.SIGTERM)
             say("stopping: the ranks save and leave at the next step (Ctrl-C again ends them at once)")
-        if interrupts.at_once or time.monotonic() >= deadline:
-            _signal_all(ranks, signal.SIGKILL)
+            patience.at_most(STOP_SECONDS, "they were asked to save and leave")
+        if interrupts.at_once or time.monotonic() >= patience.end:
+            if first is None and not interrupts.at_once:
+                running = ", ".join(str(rank) for rank in ranks if rank.status is None)
+                say(f"{running} still ran {patience.reason}: killed")
+            _kill(ranks)
+            first = first or next((rank for rank in ranks if rank.failed), None)
         time.sleep(POLL_SECONDS)
     end_descendants(LEFTOVER_SECONDS if first is None and not interrupts.at_once else FLUSH_SECONDS)
+    left = descendants(os.getpid())
+    if left:
+        say(f"left behind, since SIGKILL doesn't end them: {left}; they wait in the kernel, for a device or a file system")
     if interrupts.at_once:
         say("ended at once; the last checkpoint is whole")
         return INTERRUPTED
@@ -106,6 +119,19 @@ def supervise(ranks: Sequence[RankProcess], interrupts: Interrupts) -> int:
     if not (code == USER_ERROR and ranks[0].status == first.status):  # then rank 0 has said on the console what is wrong
         _report(first, [rank for rank in failed if rank is not first])
     return code
+
+
+@dataclass
+class _Patience:
+    """How long the ranks may still run, and why no longer: the nearest of several limits."""
+
+    end: float = float("inf")
+    reason: str = ""
+
+    def at_most(self, seconds: float, since: str) -> None:
+        end = time.monotonic() + seconds
+        if end < self.end:
+            self.end, self.reason = end, f"{seconds:.0f} s after {since}"
 
 
 def _ended(ranks: Sequence[RankProcess]) -> list[RankProcess]:
@@ -125,6 +151,18 @@ def _signal_all(ranks: Sequence[RankProcess], number: int) -> None:
         if rank.status is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, number)
+
+
+def _kill(ranks: Sequence[RankProcess]) -> None:
+    """SIGKILL every rank that still runs, and wait for its end; one that the kernel keeps counts as ended by that."""
+    _signal_all(ranks, signal.SIGKILL)
+    deadline = time.monotonic() + process.KILL_SECONDS
+    while any(rank.status is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        _ended(ranks)
+    for rank in ranks:
+        if rank.status is None:
+            rank.status = int(signal.SIGKILL)
 
 
 def _was_interrupted(status: int) -> bool:

@@ -88,7 +88,9 @@ def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[s
             for note in notes:
                 logger.note(note)
             run = Run(config, groups, engine, loader, valid, logger, stop, tokenizer.files(), source.consumed)
-            return _loop(run, source.step)
+            code = _loop(run, source.step)
+            groups.leave()
+            return code
 
 
 def _derive(config: Config, world: World) -> tuple[Tokenizer, Plan, list[str]]:
@@ -147,6 +149,7 @@ def _nothing_to_do(groups: Groups, config: Config, step: int) -> int:
         if asked < config.train.steps:
             key = "train.stop_at"
         print(f"the run is finished: step {step} is done and {key} is {asked}; a larger one goes on", flush=True)
+    groups.leave()
     return 0
 
 
@@ -211,7 +214,6 @@ def _give_up(run: Run, why: str, saved: int) -> int:
     kept = f"the newest checkpoint is that of step {saved}" if saved else "there is no checkpoint yet"
     print(f"megalm: stopped: {why}; {kept}", file=sys.stderr, flush=True)
     run.logger.close()
-    run.groups.barrier()
     return FAILED
 
 

@@ -69,7 +69,8 @@ def start(plan: Plan, device: torch.device | None = None, timeout: timedelta = D
     dp_group = _own_group(plan.dp_groups(), world.rank, timeout)
     place = plan.place(world.rank)
     tp = TensorParallel(place.tp, plan.tp, tp_group, plan.sequence_parallel, complete_in_backward=plan.pp == 1)
-    return Groups(world.rank, world.world_size, world.device, world.control, plan, place, tp, dp_group)
+    return Groups(world.rank, world.world_size, world.device, world.control, plan, place, tp, dp_group,
+                  made_here=world.made_here)
 
 
 def _own_group(lists: list[list[int]], rank: int, timeout: timedelta) -> Any:

@@ -9,7 +9,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +27,16 @@ class LaunchError(ValueError):
 
 @dataclass(frozen=True)
 class World:
-    """This rank among all ranks. Every method is collective; `control` is a CPU group for small things."""
+    """This rank among all ranks. Every method is collective; `control` is a CPU group for small things.
+
+    `made_here`: torch.distributed was started by `connect`, and so is ended by `leave`.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     control: Any
+    made_here: bool = field(default=False, kw_only=True)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (any small picklable object), in rank order, on every rank."""
@@ -98,6 +102,14 @@ class World:
             missing = sorted(set(range(self.world_size)) - set(seen))
             self.agreed(lambda: _refuse_unshared(folder, key, missing))
 
+    def leave(self) -> None:
+        """The end of what the ranks do together: nobody leaves before all have come here, and nothing is on its way any more."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.barrier()
+        if self.made_here:
+            dist.destroy_process_group()
+
     @contextlib.contextmanager
     def _marked(self, folder: Path) -> Iterator[list[int]]:
         """The ranks that see what this one writes into `folder`: each leaves a marker while this lasts."""
@@ -127,10 +139,11 @@ def connect(device: torch.device | None = None, timeout: timedelta = DEFAULT_TIM
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    made_here = not dist.is_initialized()
+    if made_here:
         _initialise(device, timeout)
     control = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
-    return World(dist.get_rank(), dist.get_world_size(), device, control)
+    return World(dist.get_rank(), dist.get_world_size(), device, control, made_here=made_here)
 
 
 def join(store: Path, rank: int, world_size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> None:

@@ -101,3 +101,12 @@ def wait_unprepared(config_path, overrides):
     folder, rank = _place(config_path, overrides)
     _note(folder, rank, "pid", os.getpid())
     time.sleep(1000)
+
+
+def one_leaves(config_path, overrides):
+    """Rank 1 ends well; the others would go on for ever."""
+    folder, rank = _place(config_path, overrides)
+    _note(folder, rank, "pid", os.getpid())
+    if rank != 1:
+        time.sleep(1000)
+    return 0

@@ -15,6 +15,7 @@ import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megalm.launch import run, supervise
 from tests import dist
@@ -121,10 +122,13 @@ class Launcher:
 
 
 class WarmLauncher(Launcher):
-    """The same, forked from this process; the grace after a failure is shortened unless told otherwise."""
+    """The same, forked from this process.
 
-    grace = 1.0
+    `settings` replaces attributes in the launcher, by (owner, name); the grace after a failure is short unless told otherwise.
+    """
+
     closed_console = False  # stdout is a pipe that nobody reads
+    settings: dict[tuple[Any, str], Any] = {(supervise, "GRACE_SECONDS"): 1.0}
     ignored: tuple[int, ...] = ()  # signals that are ignored from the start, as by nohup
     terminal: int | None = None  # the other side of the pseudo-terminal that a job of start_on_terminal runs on
 
@@ -164,7 +168,8 @@ class WarmLauncher(Launcher):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # which the rank server ignores
             for number in self.ignored:
                 signal.signal(number, signal.SIG_IGN)
-            supervise.GRACE_SECONDS = self.grace
+            for (owner, name), value in self.settings.items():
+                setattr(owner, name, value)
             code = run.main([str(self.config), *(["--job", f"tests.launch.jobs:{job}"] if job else []), *overrides])
             sys.stdout.flush()
             sys.stderr.flush()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megalm.launch import supervise
 from tests.launch.launcher import ROOT, exists, wait_until, warm
 
 
@@ -61,7 +62,7 @@ def test_a_rank_that_raises_ends_the_job(launcher):
 
 @warm
 def test_a_rank_that_is_killed_ends_the_job(launcher):
-    launcher.grace = 5.0
+    launcher.settings = {}
     process = launcher.start_all("never_leave")
     os.kill(launcher.notes("pid")[2], signal.SIGKILL)
     assert launcher.wait(process, 30) == 128 + 9
@@ -128,6 +129,37 @@ def test_a_second_ctrl_c_ends_at_once(launcher):
     os.kill(process, signal.SIGINT)
     assert launcher.wait(process, 20) == 130
     assert not launcher.left()
+
+
+@warm
+def test_a_polite_stop_that_hangs_has_an_end(launcher):
+    launcher.settings = {(supervise, "STOP_SECONDS"): 1.0}
+    process = launcher.start_all("never_leave")
+    os.kill(process, signal.SIGTERM)
+    assert launcher.wait(process, 20) == 128 + 9
+    assert "rank 3 (pp 1, dp 0, tp 1) still ran 1 s after they were asked to save and leave: killed" in launcher.stderr
+    assert "rank 0 (pp 0, dp 0, tp 0) failed: signal 9 (SIGKILL)" in launcher.stderr and not launcher.left()
+
+
+@warm
+def test_ranks_that_stay_behind_have_an_end(launcher):
+    launcher.settings = {(supervise, "LEAVE_SECONDS"): 1.0}
+    assert launcher.wait(launcher.start_all("one_leaves"), 20) == 128 + 9
+    said = "rank 0 (pp 0, dp 0, tp 0), rank 2 (pp 1, dp 0, tp 0), rank 3 (pp 1, dp 0, tp 1) still ran 1 s after rank 1 (pp 0"
+    assert said in launcher.stderr and not launcher.left()
+
+
+@warm
+def test_a_rank_that_cannot_be_killed_is_left_behind(launcher):
+    """As one that waits for a device in the kernel; here the launcher's SIGKILL does nothing."""
+    launcher.settings = {(supervise.process, "KILL_SECONDS"): 0.5, (os, "kill"): lambda *_: None, **launcher.settings}
+    process = launcher.start_all("never_leave")
+    ranks = launcher.notes("pid")
+    os.kill(ranks[2], signal.SIGKILL)
+    assert launcher.wait(process, 20) == 128 + 9
+    assert "rank 2 (pp 1, dp 0, tp 0) failed: signal 9 (SIGKILL)" in launcher.stderr
+    line = next(line for line in launcher.stderr.splitlines() if "left behind" in line)
+    assert all(str(ranks[rank]) in line for rank in (0, 1, 3)) and str(ranks[2]) not in line
 
 
 @warm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,27 @@ def test_handshake_names_the_difference():
     assert ranks.run(run_handshake, 2, -1) == ["agreed", "agreed"]
     message = "the ranks were not started alike: config optimizer.lr: 0.1 on rank 0, 1.1 on rank 1"
     assert ranks.run(run_handshake, 2, 1) == [message, message]
+
+
+def run_leave(rank: int, world: int, folder: Path) -> tuple[bool, bool]:
+    """(is the process group gone after `leave`, had every rank come when this one left) where `connect` started it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                      MEGALM_STORE=str(folder / "store"))
+    groups = start(_plan(2, 1, 1))
+    time.sleep(0.5 * rank)
+    (folder / str(rank)).touch()
+    groups.leave()
+    return not torch.distributed.is_initialized(), all((folder / str(other)).exists() for other in range(world))
+
+
+def run_leave_adopted(rank: int, world: int) -> bool:
+    start(_plan(2, 1, 1)).leave()
+    return torch.distributed.is_initialized()
+
+
+def test_ranks_leave_together_and_take_down_what_they_started(tmp_path):
+    assert ranks.run(run_leave, 2, tmp_path, group=False) == [(True, True)] * 2
+    assert ranks.run(run_leave_adopted, 2) == [True, True]
 
 
 def test_share_is_a_partition():
