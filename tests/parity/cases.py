@@ -47,6 +47,7 @@ class Case:
     micro: int = 0  # 0: see `micro_batch`
     model: tuple[tuple[str, object], ...] = ()
     train: tuple[tuple[str, object], ...] = ()  # changes to the train section
+    zero: tuple[tuple[str, object], ...] = ()  # keys of deepspeed.zero_optimization, alike
     silent_step: int | None = None  # a step in which no label counts
     label: str = ""
 
@@ -55,9 +56,11 @@ class Case:
         return self.tp * self.pp * self.dp
 
     @property
-    def has_replicas(self) -> bool:
-        """Norms on tp ranks, everything on dp ranks, the tied embedding on the first and the last stage."""
-        return self.tp > 1 or self.dp > 1 or (self.pp > 1 and STYLES[self.style]["tie_embeddings"])
+    def replicas(self) -> frozenset[str]:
+        """The axes along which ranks hold the same: norms over tp, everything over dp, the tied embedding on the first and the
+        last stage (pp)."""
+        held = {"tp": self.tp > 1, "dp": self.dp > 1, "pp": self.pp > 1 and STYLES[self.style]["tie_embeddings"]}
+        return frozenset(axis for axis, there in held.items() if there)
 
     @property
     def micro_batch(self) -> int:
@@ -85,6 +88,7 @@ class Case:
             "tokenizer": {"type": "bytes"},
             "data": {"train": [{"path": "none"}]},
             "train": {"dir": "none", "steps": STEPS, "seed": SEED} | dict(self.train),
+            "deepspeed": {"zero_optimization": dict(self.zero)},
         }  # fmt: skip
 
     def serial(self, dtype: str | None = None) -> Case:
@@ -151,6 +155,18 @@ def extra_cases() -> Iterator[Case]:
     yield Case("gpt2", 2, 1, 2, True, label="bf16-zero2", dtype="bf16", zero_stage=2)
     yield Case("llama", 2, 1, 2, True, label="bf16-zero3", dtype="bf16", zero_stage=3)
     yield Case("llama", 2, 1, 2, label="padded_rank", model=(("vocab_size", 120), ("vocab_multiple", 256)))
+    # By default every parameter here is so small that ZeRO 3 keeps it gathered: these are released and gathered again.
+    released = (("stage3_param_persistence_threshold", 0),)
+    yield Case("gpt2", 2, 1, 2, True, label="zero3-released-full", zero_stage=3, zero=released, recompute="full", optimizer="sgd")
+    yield Case("llama", 1, 1, 2, label="zero3-released", zero_stage=3, zero=released)
+    # By default one bucket holds all gradients of a backward pass; a matrix of the MLP doesn't fit into this one.
+    buckets = (("reduce_bucket_size", 3000),)
+    yield Case("llama", 1, 2, 2, label="buckets", zero=buckets, optimizer="sgd")
+    yield Case("gpt2", 1, 1, 2, label="buckets-zero2", zero_stage=2, zero=buckets)
+    yield Case("llama", 1, 1, 2, label="buckets-zero3", zero_stage=3, zero=(*released, *buckets), optimizer="sgd")
+    # Fewer micro-batches than stages: no stage is ever in the steady state of 1F1B.
+    yield Case("gpt2", 1, 2, 1, label="accumulation1", micro=8)
+    yield Case("llama", 1, 4, 1, label="accumulation2", micro=4, recompute="full", optimizer="sgd")
 
 
 CASES = {case.name: case for cases in (layout_cases(), axis_cases(), extra_cases()) for case in cases}

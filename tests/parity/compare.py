@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -38,8 +38,9 @@ class Piece:
 
 @dataclass
 class RankResult:
-    """What one rank hands back. Digests: moment -> place of a piece -> hash of its bytes."""
+    """What one rank hands back. Digests: what it holds and when -> place of a piece -> hash of its bytes."""
 
+    rank_place: tuple[int, int, int] = (0, 0, 0)  # pp, dp, tp
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
@@ -82,18 +83,27 @@ def gather(results: Sequence[RankResult]) -> tuple[Record, list[str]]:
     return record, problems
 
 
-def replica_problems(results: Sequence[RankResult], expected: bool) -> list[str]:
+def replica_problems(results: Sequence[RankResult], expected: Mapping[str, Set[str] | None]) -> list[str]:
     """Where ranks that hold the same elements (tp and dp replicas, tied stages) don't hold the same bits.
 
-    `expected`: the layout has such ranks, so that it is wrong to find none.
+    `expected`: first word of a digest's name -> the axes along which such ranks must have been found ("pp": tied stages), no
+    more and no fewer; None: no rank may have such a digest.
     """
     seen: dict[tuple, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, result in enumerate(results):
-        for moment, places in result.digests.items():
+        for what, places in result.digests.items():
             for place, digest in places.items():
-                seen[(moment, *place)][digest].append(rank)
-    compared = any(sum(map(len, digests.values())) > 1 for digests in seen.values())
-    problems = [] if compared == expected else [f"replicas compared: {compared}, expected: {expected}"]
+                seen[(what, *place)][digest].append(rank)
+    compared: dict[str, set[str]] = defaultdict(set)
+    for (what, *_), digests in seen.items():
+        places = [results[rank].rank_place for ranks in digests.values() for rank in ranks]
+        compared[what] |= {axis for axis, held in zip(("pp", "dp", "tp"), zip(*places, strict=True), strict=True)
+                           if len(set(held)) > 1}
+    problems = []
+    for word, axes in expected.items():
+        found = [axes_of for what, axes_of in compared.items() if what.split()[0] == word]
+        if (axes is None) != (found == []) or any(axes_of != axes for axes_of in found):
+            problems.append(f"replicas compared of {word}: along {found}, expected: {axes}")
     return problems + [f"replicas of {key} differ: ranks {sorted(d.values())}" for key, d in seen.items() if len(d) > 1]
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megalm.engine.engine import Engine, build
 from megalm.model import layers
-from megalm.parallel.groups import Groups, start
+from megalm.parallel.groups import start
 from megalm.parallel.random import StepContext
-from megalm.parallel.sharding import part_slices
+from megalm.parallel.sharding import declared, part_slices
 from tests.parity import mutations
 from tests.parity.cases import STEPS, Case
 from tests.parity.compare import Piece, RankResult
@@ -29,10 +29,10 @@ def train(rank: int, world_size: int, case: Case, mutation: str | None = None, s
         groups = mutations.apply(mutation, patch, start(plan, torch.device("cpu")))
         context = StepContext(config.train.seed)
         engine = build(config, plan, groups, context, layers(config, plan, groups.tp, context))
-        result = RankResult()
+        result = RankResult(groups.place)
         for step in range(steps):
             if step in (0, steps - 1):
-                engine.on_gradients = partial(_keep_gradients, result, groups, step, step == steps - 1)
+                engine.on_gradients = partial(_keep_gradients, result, engine, step, step == steps - 1)
             batch = global_batch(step, plan.vocab_size, step == case.silent_step)
             outcome = engine.train_step(step, micro_batches(batch, plan, groups.place))
             engine.on_gradients = None
@@ -54,18 +54,35 @@ def _piece(part, values: Tensor) -> Piece:
     return Piece(part.name, part.full_shape, part.dim, low, high, 0, values.detach().reshape(-1))
 
 
-def _keep_gradients(result: RankResult, groups: Groups, step: int, last: bool, slices) -> None:
-    """Digests from every rank; the numbers from one rank of each set of replicas."""
+def _keep_gradients(result: RankResult, engine: Engine, step: int, last: bool, slices) -> None:
+    """Digests from every rank; the numbers from one rank of each set of replicas.
+
+    What DeepSpeed gives of a gradient that ZeRO has split is put together anew from the dp ranks' shares, the same bytes on
+    each of them: its digest is kept apart for each dp rank. Where a rank itself holds the whole gradient, that is compared.
+    """
+    place, own = engine.groups.place, _own_gradients(engine)
     for part, gradient in slices:
         piece = _piece(part, gradient.clone())
-        result.digests.setdefault(f"gradient of step {step}", {})[piece.place] = _digest(piece.values)
-        if groups.place.dp == 0 and (part.dim is not None or groups.place.tp == 0):
+        key = piece.place if own else (*piece.place, f"dp {place.dp}")
+        digest = _digest(own.get(part.name, piece.values))
+        result.digests.setdefault(f"gradient of step {step}", {})[key] = digest
+        if place.dp == 0 and (part.dim is not None or place.tp == 0):
             result.first_gradients += [piece] if step == 0 else []
             result.last_gradients += [piece] if last else []
 
 
+def _own_gradients(engine: Engine) -> dict[str, Tensor]:
+    """Part name -> the reduced gradient in this rank's own memory; empty where ZeRO has split the gradients."""
+    name = {"none": "grad", "BF16_Optimizer": "_hp_grad"}.get(engine.plan.wrapper)
+    if name is None:
+        return {}
+    return {part.name: values for parameter in engine.parameters
+            for part, values in part_slices(parameter, getattr(parameter, name))}
+
+
 def _keep_parameters(result: RankResult, engine: Engine) -> None:
-    """Owned masters, as a checkpoint would save them; digests of all masters and of the weights that compute."""
+    """Owned masters, as a checkpoint would save them; digests of all masters, and of the weights that compute, which are read
+    from each rank's own memory (under ZeRO 3, of those that it keeps gathered)."""
     for fragment in engine.fragments():
         if fragment.role != "master":
             continue
@@ -74,8 +91,8 @@ def _keep_parameters(result: RankResult, engine: Engine) -> None:
         result.digests.setdefault("master", {})[piece.place] = _digest(piece.values)
         if fragment.owned:
             result.parameters.append(piece)
-    if engine.plan.zero_stage < 3:
-        for parameter in engine.parameters:
+    for parameter in engine.parameters:
+        if parameter.numel() == sum(part.numel for part in declared(parameter).parts):
             for part, weight in part_slices(parameter, parameter.detach()):
                 piece = _piece(part, weight)
                 result.digests.setdefault("weight", {})[piece.place] = _digest(piece.values)

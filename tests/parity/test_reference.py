@@ -106,10 +106,14 @@ def test_assembling_needs_every_element() -> None:
 
 
 def test_replicas_are_compared_by_what_they_hold() -> None:
-    def result(**digests: str) -> compare.RankResult:
-        return compare.RankResult(digests={"weights": {(name, None): digest for name, digest in digests.items()}})
+    def result(place: tuple[int, int, int], **digests: str) -> compare.RankResult:
+        return compare.RankResult(place, digests={"weight": {(name, None): digest for name, digest in digests.items()}})
 
-    assert compare.replica_problems([result(a="x", b="y"), result(a="x"), result(b="y", c="z")], expected=True) == []
-    assert len(compare.replica_problems([result(a="x", b="y"), result(a="other", b="y")], expected=True)) == 1
-    assert compare.replica_problems([result(a="x"), result(b="y")], expected=False) == []
-    assert len(compare.replica_problems([result(a="x"), result(b="y")], expected=True)) == 1
+    one, over_tp, over_dp, over_pp = (0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)
+    three = [result(one, a="x", b="y"), result(over_tp, a="x"), result(over_dp, b="y", c="z"), result(over_pp, d="w")]
+    assert compare.replica_problems(three, {"weight": {"tp", "dp"}}) == []
+    for axes in ({"tp"}, {"dp"}, {"tp", "dp", "pp"}, set(), None):  # each axis that the layout has, and none that it hasn't
+        assert len(compare.replica_problems(three, {"weight": axes})) == 1
+    assert len(compare.replica_problems([result(one, a="x", b="y"), result(over_pp, a="other", b="y")], {"weight": {"pp"}})) == 1
+    assert compare.replica_problems([result(one, a="x"), result(over_tp, b="y")], {"weight": set()}) == []
+    assert len(compare.replica_problems([result(one, a="x")], {"gradient": set()})) == 1
