@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -97,6 +98,20 @@ def test_a_torn_checkpoint_isn_t_counted_among_those_kept(tmp_path):
     (tmp_path / "checkpoints/step_00000003/config.json").unlink()
     succeed(save_all(tmp_path, 4, ranks, keep=2))
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000002", "step_00000003", "step_00000004"]
+
+
+def test_making_room_reads_no_rank_s_index(tmp_path, monkeypatch):
+    """Of thousands of ranks, each kept checkpoint has thousands: their sizes are enough."""
+    ranks = engines(SMALL, draw(SMALL), tp=2)
+    for step in (1, 2):
+        succeed(save_all(tmp_path, step, ranks))
+    module, read = sys.modules[fault.__module__], []
+    original = module.read_json
+    monkeypatch.setattr(module, "read_json", lambda path: (read.append(path.name), original(path))[1])
+    succeed(save_all(tmp_path, 3, ranks, keep=2))
+    assert set(read) == {"checkpoint.json"} and len(read) == 2
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000002", "step_00000003"]
+    assert find(tmp_path).name == "step_00000003" and "rank_00001.json" in read
 
 
 def test_going_back_keeps_what_was_just_saved(tmp_path):

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megalm.checkpoint import save
+from megalm.checkpoint import find, save
 from megalm.config import load
+from megalm.data import Source, build_dataset
 from megalm.data.tokenizer import load_tokenizer
 from megalm.engine.sequential import SequentialModel
 from megalm.model import layers
@@ -18,6 +19,7 @@ from megalm.parallel.random import StepContext
 from megalm.parallel.sharding import part_slices
 from megalm.plan import make_plan
 from megalm.tools.generate import Sampler, continuation, continue_ids, load_model, main
+from tests import training
 from tests.checkpoint.fakes import Crew, Hasty, engines
 
 GPT2 = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "seq_length": 24}
@@ -224,3 +226,43 @@ def test_a_tokenizer_that_drops_a_leading_space_loses_none():
     words = {1: "▁the", 2: "▁fox", 3: "es"}
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" "))
     assert continuation(tokenizer, [1], [2, 3]) == " foxes"
+
+
+ENGINES = {
+    "zero3": (2, {"parallel": {"dp": 2, "zero_stage": 3}}),
+    "bf16-tp2-pp2": (4, {"parallel": {"tp": 2, "pp": 2, "sequence_parallel": True}, "precision": {"dtype": "bf16"}}),
+    "fewer groups than ranks": (4, {"parallel": {"tp": 4, "sequence_parallel": True}}),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_an_engine_wrote_predicts_as_the_model_in_place_did(engine, tmp_path):
+    """The loss that a run evaluates after its last step is that of the model which generate loads from its checkpoint."""
+    world, sections = ENGINES[engine]
+    described = training.config(tmp_path, **sections)
+    described["model"] |= {"qk_norm": True, "init_std": 0.3, "tie_embeddings": "pp2" in engine}
+    described["train"] |= {"steps": 3, "eval_every": 3}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(described))
+    assert training.start(world, path) == [(0, "")] * world
+    [in_place] = [record["eval_loss"] for record in training.records(tmp_path / "run") if "eval_loss" in record]
+    loaded = load_model(find(tmp_path / "run"), CPU)
+    dataset = build_dataset([Source(str(tmp_path / "valid"))], 16, 8, loaded.config.train.seed, None)
+    samples = torch.stack([torch.from_numpy(dataset.tokens(index)) for index in range(8)])  # [b, s + 1]
+
+    def loss() -> float:
+        with torch.no_grad():
+            hidden, weight = loaded.module.outputs(samples[:, :-1])
+            logits = (hidden @ weight[:257].T).transpose(0, 1)  # [b, s, V]
+            return torch.nn.functional.cross_entropy(logits.reshape(-1, 257), samples[:, 1:].reshape(-1)).item()
+
+    half = "bf16" in engine
+    bound = (2e-3 if half else 1e-5) * in_place
+    assert abs(loss() - in_place) <= bound
+    for name, parameter in loaded.module.named_parameters():  # any matrix in the wrong order, any norm's weight lost, would show
+        if parameter.dim() == 1 and half:
+            continue
+        before = parameter.data.clone()
+        parameter.data = before.flip(0) if before.dim() == 2 else before * 0.5
+        assert abs(loss() - in_place) > 2 * bound, name
+        parameter.data = before
