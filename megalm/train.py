@@ -181,7 +181,7 @@ def data_seed(config: Config) -> int:
 
 
 def _loop(run: Run, first: int) -> int:
-    """Steps `first`, first + 1, ... until the end, a stop, or too many bad steps in a row."""
+    """Steps `first`, first + 1, ... until the end, a stop, a checkpoint that can't be written, or too many bad steps in a row."""
     config, last = run.config, run.config.train.steps
     bad, saved = 0, first
     for step in range(first, last):
@@ -191,15 +191,18 @@ def _loop(run: Run, first: int) -> int:
         bad = bad + 1 if result.bad else 0
         run.logger.step(done, result, run.consumed)
         if result.bad and not result.skipped:
-            return _give_up(run, f"step {done} changed the weights with a loss or gradients that are not finite", saved)
+            return _stopped(run, f"step {done} changed the weights with a loss or gradients that are not finite", saved)
         if bad == config.train.max_bad_steps:
-            return _give_up(run, f"{bad} steps in a row with non-finite loss or gradients", saved)
+            return _stopped(run, f"{bad} steps in a row with non-finite loss or gradients", saved)
         if _due(done, config.train.eval_every) or (done == last and config.train.eval_every):
             _evaluate(run, done)
         leaving = done == _last_step(config) or run.stop.agreed(run.groups)
         if leaving or _due(done, config.checkpoint.every):
-            checkpoint.save(config.train.dir, done, run.consumed, run.engine, run.groups, config, run.groups.plan,
-                            run.tokenizer_files, report=run.logger.note)
+            try:
+                checkpoint.save(config.train.dir, done, run.consumed, run.engine, run.groups, config, run.groups.plan,
+                                run.tokenizer_files, report=run.logger.note)
+            except CheckpointError as error:
+                return _give_up(run, str(error), USER_ERROR)
             saved = done
         if leaving:
             break
@@ -209,12 +212,17 @@ def _loop(run: Run, first: int) -> int:
     return 0
 
 
-def _give_up(run: Run, why: str, saved: int) -> int:
-    """Every rank says why, since a launcher shows the log of whichever leaves first; none leaves before rank 0 has closed."""
+def _stopped(run: Run, why: str, saved: int) -> int:
+    """Give up on the training, not because of the user."""
     kept = f"the newest checkpoint is that of step {saved}" if saved else "there is no checkpoint yet"
-    print(f"megalm: stopped: {why}; {kept}", file=sys.stderr, flush=True)
+    return _give_up(run, f"stopped: {why}; {kept}", FAILED)
+
+
+def _give_up(run: Run, why: str, code: int) -> int:
+    """Every rank says why, since a launcher shows the log of whichever leaves first; none leaves before rank 0 has closed."""
+    print(f"megalm: {why}", file=sys.stderr, flush=True)
     run.logger.close()
-    return FAILED
+    return code
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,11 +1,15 @@
 """Disks that fail, die or remember."""
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterable
+import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.checkpoint.fakes import Hasty
 
@@ -106,6 +110,19 @@ class Failing(Remembering):
                 yield chunk[: len(chunk) // 2]
                 raise OSError(self.code, os.strerror(self.code))
             yield chunk
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """A small file system; the test is skipped where none can be mounted."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs isn't allowed here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def tree(folder: Path) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import subprocess
 
 import pytest
 
 from megalm.checkpoint import CheckpointError, find, newest
 from megalm.checkpoint.disk import Disk
-from tests.checkpoint.disks import Dying, Failing, Killed, Remembering, tree
+from tests.checkpoint.disks import Dying, Failing, Killed, Remembering, mounted, tree
 from tests.checkpoint.fakes import Hasty, draw, engines, save_all
 from tests.checkpoint.test_layouts import load_all, succeed, wrong
 
@@ -92,13 +91,8 @@ def test_a_first_save_that_fails_leaves_nothing_to_resume_from(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 256 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mounting a tmpfs isn't allowed here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "small", "256k") as folder:
+        yield folder
 
 
 def test_a_disk_that_is_really_full(small_disk):

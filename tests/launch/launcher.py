@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -53,6 +54,17 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def two_ranks(program: str) -> list[str]:
+    """launch/run.py on two ranks under torchrun or deepspeed, as a command whose arguments are to follow."""
+    if program == "torchrun":
+        start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            start = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free.getsockname()[1])]
+    return [sys.executable, "-m", *start, str(ROOT / "launch/run.py")]
 
 
 class Launcher:

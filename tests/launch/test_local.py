@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from megalm.launch import supervise
-from tests.launch.launcher import ROOT, exists, wait_until, warm
+from tests.launch.launcher import exists, two_ranks, wait_until, warm
 
 
 def test_ranks_see_their_place_and_log(launcher):
@@ -206,27 +203,8 @@ def test_fresh_processes_where_there_are_gpus(launcher):
     assert launcher.wait(process) == -9
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"]
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-@pytest.mark.parametrize("program", ["torchrun", "deepspeed"])
-def test_run_py_under_a_launcher(launcher, program):
-    start = TORCHRUN if program == "torchrun" else [*DEEPSPEED, free_port()]
-    command = [*start, str(ROOT / "launch/run.py"), "--config", str(launcher.config), "parallel.pp=1"]
-    assert launcher.run("meet", command=command) == 0, launcher.stderr
-    assert launcher.notes("total") == {0: 1, 1: 1}
-    assert "pid" in launcher.log(1)
-
-
 def test_a_rank_that_fails_under_a_launcher_says_so(launcher):
-    command = [*TORCHRUN, str(ROOT / "launch/run.py"), "--config", str(launcher.config), "parallel.pp=1"]
+    command = [*two_ranks("torchrun"), "--config", str(launcher.config), "parallel.pp=1"]
     assert launcher.run("raise_on_last", command=command) != 0
     assert "megalm: rank 1 failed: exit code 1" in launcher.stderr
     assert "RuntimeError: the planted failure" in launcher.stderr

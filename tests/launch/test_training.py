@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from megalm.checkpoint import find
+from megalm.checkpoint.disk import Disk
 from megalm.launch.process import descendants
 from megalm.metrics import read_metrics
-from tests import training
-from tests.launch.launcher import Launcher, WarmLauncher, exists, wait_until, warm
+from tests import dist, training
+from tests.checkpoint.disks import mounted
+from tests.launch.launcher import Launcher, WarmLauncher, exists, two_ranks, wait_until, warm
 
 
 def write_config(launcher: Launcher, steps: int, **train) -> None:
@@ -41,6 +47,7 @@ def ranks_of(pid: int) -> list[int]:
 
 @warm
 def test_a_rank_killed_in_the_middle_of_training(launcher):
+    launcher.settings = {}
     write_config(launcher, steps=100_000)
     pid = launcher.start("")
     wait_until(lambda: len(steps_done(launcher)) >= 3, 60)
@@ -49,8 +56,75 @@ def test_a_rank_killed_in_the_middle_of_training(launcher):
     start = time.monotonic()
     assert launcher.wait(pid) == 128 + 9
     assert time.monotonic() - start < 30
-    assert "rank 1 (pp 0, dp 0, tp 1) failed: signal 9 (SIGKILL)" in launcher.stderr
+    log = launcher.folder / "run/logs/rank_00001.log"
+    tail = "".join(f"  | {line}\n" for line in log.read_text().splitlines()[-20:])
+    assert "  | --- 20" in tail
+    failed = "rank 1 (pp 0, dp 0, tp 1) failed: signal 9 (SIGKILL); the job has ended. The end of"
+    assert f"megalm: {failed} {log}:\n{tail}" in launcher.stderr
     assert not any(exists(process) for process in below)
+
+
+@pytest.mark.parametrize("program", ["torchrun", "deepspeed"])
+def test_run_py_trains_under_other_launchers(launcher, program):
+    config = training.write_config(launcher.folder, parallel={"pp": 2}, train={"dir": str(launcher.folder / "run"), "steps": 2})
+    assert launcher.run("", command=[*two_ranks(program), "--config", str(config)]) == 0, launcher.stderr
+    assert steps_done(launcher) == [1, 2] and find(launcher.folder / "run").name == "step_00000002"
+    assert "step 2/2 | loss" in launcher.stdout and "Traceback" not in launcher.stderr + launcher.log(1)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def one_line_about_the_disk(launcher: WarmLauncher, step: int) -> bool:
+    console = launcher.stdout + launcher.stderr
+    assert "Traceback" not in console and "failed: exit code" not in console, console
+    line, = [line for line in console.splitlines() if f"step_{step:08d} wasn't saved: rank " in line]
+    return line.startswith("megalm: ") and "No space left on device [ENOSPC]" in line and "Earlier checkpoints are" in line
+
+
+@warm
+def test_a_disk_that_is_full_when_a_checkpoint_is_written(launcher):
+    """Exit code 2 and one line; the checkpoint before it is what the same command goes on from."""
+    def write(disk: Disk, path: Path, chunks) -> int:
+        if "step_00000004" in str(path) and path.name.endswith(".safetensors"):
+            raise FULL
+        return Disk.__dict__["intact"](disk, path, chunks)
+
+    write_config(launcher, steps=6)
+    launcher.settings = {(Disk, "intact"): Disk.write, (Disk, "write"): write, **launcher.settings}
+    assert launcher.run("", "checkpoint.every=2") == 2
+    assert one_line_about_the_disk(launcher, step=4) and find(launcher.folder / "run").name == "step_00000002"
+    launcher.settings = {}
+    assert launcher.run("", "checkpoint.every=2") == 0, launcher.stderr
+    assert "going on from step 2" in launcher.log(0) and steps_done(launcher) == [1, 2, 3, 4, 5, 6]
+
+
+def fill_the_disk(launcher: WarmLauncher, disk: Path) -> None:
+    """Training on a disk that somebody else fills once there is a checkpoint: logs and metrics find no room either."""
+    (launcher.folder / "run").symlink_to(disk)
+    write_config(launcher, steps=100_000)
+    pid = launcher.start("", "checkpoint.every=3")
+    wait_until(lambda: list(disk.glob("checkpoints/step_*")) != [], 60)
+    with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    assert launcher.wait(pid, 60) == 2, launcher.stderr
+    saved = int(find(disk).name[-8:])
+    assert one_line_about_the_disk(launcher, saved + 3)
+    (disk / "filler").unlink()
+    launcher.start("", f"train.stop_at={saved + 3}")
+    assert launcher.wait(launcher.pids[-1], 60) == 0, launcher.stderr
+    assert f"going on from step {saved}" in launcher.stdout
+
+
+def on_a_small_disk(_rank: int, _world: int, folder: Path, disk: Path) -> None:
+    with WarmLauncher(folder, folder / "config.json") as launcher:
+        fill_the_disk(launcher, disk)
+
+
+def test_a_disk_that_becomes_full(tmp_path):
+    with mounted(tmp_path / "small", "4m") as disk:
+        dist.run(on_a_small_disk, 1, tmp_path, disk, group=False, timeout=120)
 
 
 @warm
