@@ -74,7 +74,7 @@ def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[s
     source = groups.from_first(lambda: _source(config, plan, tokenizer, notes))
     if source.finished:
         return _nothing_to_do(groups, config, source.step)
-    loader, valid = groups.agreed(lambda: _loaders(config, groups, tokenizer.eod, source))
+    loader, valid = groups.agreed(lambda: _loaders(config, groups, tokenizer, source))
     with loader, valid or contextlib.nullcontext():
         context = StepContext(config.train.seed)
         described = layers(config, plan, groups.tp, context, groups.device, initial=not source.replaces_all)
@@ -153,7 +153,7 @@ def _nothing_to_do(groups: Groups, config: Config, step: int) -> int:
     return 0
 
 
-def _loaders(config: Config, groups: Groups, eod: int | None, source: Source) -> tuple[Loader, Loader | None]:
+def _loaders(config: Config, groups: Groups, tokenizer: Tokenizer, source: Source) -> tuple[Loader, Loader | None]:
     """Training and validation micro-batches of this rank; the sample indices are built once per filesystem."""
     plan, data = groups.plan, config.data
 
@@ -163,8 +163,8 @@ def _loaders(config: Config, groups: Groups, eod: int | None, source: Source) ->
         groups.once_per_filesystem(lambda: build_dataset(*arguments), cache)
         dataset = groups.agreed(lambda: build_dataset(*arguments))
         return Loader(dataset, global_batch=global_batch, micro_batch=plan.micro_batch, dp=plan.dp,
-                      dp_rank=groups.place.dp, needs_tokens=groups.place.pp in (0, plan.pp - 1), eod=eod,
-                      mask_eod=data.mask_eod, vocab_size=plan.vocab_size)
+                      dp_rank=groups.place.dp, needs_tokens=groups.place.pp in (0, plan.pp - 1), eod=tokenizer.eod,
+                      mask_eod=data.mask_eod, vocab_size=tokenizer.vocab_size)
 
     samples = source.consumed + (config.train.steps - source.step) * plan.global_batch
     training = loader(data.train, samples, plan.global_batch)

@@ -10,10 +10,12 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megalm.checkpoint import find, read_manifest
+from megalm.data import IndexedWriter
 from tests import dist, training
 
 LAYOUTS = {
@@ -265,6 +267,16 @@ def test_a_users_mistake_is_a_line_and_exit_2(world, overrides, words, tmp_path)
     path = training.write_config(tmp_path)
     for code, said in training.start(world, path, *overrides):
         assert code == 2 and words in said and "Traceback" not in said, said
+
+
+def test_ids_that_the_tokenizer_has_not_are_refused_though_the_model_has_room(tmp_path):
+    """A data set of another tokenizer, under a model.vocab_size that is large enough for both."""
+    with IndexedWriter(tmp_path / "other", np.uint16) as writer:
+        for _ in range(40):
+            writer.add_document(np.arange(250, 300, dtype=np.uint16))
+    path = training.write_config(tmp_path, model={"vocab_size": 512}, data={"train": [{"path": str(tmp_path / "other")}]})
+    for code, said in training.start(1, path):
+        assert code == 2 and "has 257 entries: the data set was made with another tokenizer" in said and "Traceback" not in said
 
 
 def _full_disk(rank: int, world: int, path: str, name: str) -> tuple[int, str]:

@@ -31,6 +31,8 @@ ONE_DEVICE = (
     "parallel={}", "batch.micro=1", "batch.global=1", "recompute.mode=none", "kernels={}", "deepspeed={}", "train.compile=false",
 )
 """What a layout asked for is of no concern to one process, nor are the kernels that another machine had."""
+SMALL = 20_000_000
+"""Parameters of a model whose products are too short to share among threads: waiting for each other on busy cores takes longer."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +54,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     choose = Sampler(arguments.temperature, arguments.top_p, arguments.seed)
     folder = find(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
     model = load_model(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if model.device.type == "cpu" and sum(value.numel() for value in model.module.parameters()) < SMALL:
+        torch.set_num_threads(1)
     prompt = model.tokenizer.encode(arguments.prompt)
     if not prompt and model.tokenizer.eod is None:
         raise ValueError("the prompt is empty and the tokenizer has no token that starts a document")
