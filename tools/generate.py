@@ -32,7 +32,7 @@ ONE_DEVICE = (
 )
 """What a layout asked for is of no concern to one process, nor are the kernels that another machine had."""
 SMALL = 20_000_000
-"""Parameters of a model whose products are too short to share among threads: waiting for each other on busy cores takes longer."""
+"""Parameters of a model whose products are too short to share among threads: on busy cores waiting for each takes longer."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
