@@ -28,7 +28,7 @@ __device__ __forceinline__ void fetch_facts(QueryFacts<TILE> &facts, const Visib
   for (int i = threadIdx.x; i < TILE; i += BACKWARD_THREADS) {
     const int query = first + i;
     const bool here = query < visible.queries;
-    facts.lse[i] = here ? lse[query] * LOG2_E : INFINITY;  // a query that isn't there has probabilities of 0
+    facts.lse[i] = here ? lse[query] * LOG2E : INFINITY;  // a query that isn't there has probabilities of 0
     facts.delta[i] = here ? delta[query] : 0.0f;
     facts.begin[i] = here ? visible.begin(query) : 0;
     facts.end[i] = here ? visible.end(query) : 0;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) attention_backward_queries(c
   for (int half = 0; half < 2; half++) {
     const int query = own + 8 * half;
     const bool here = query < visible.queries;
-    facts[half][0] = here ? ((const float *)p.lse)[row + query] * LOG2_E : INFINITY;
+    facts[half][0] = here ? ((const float *)p.lse)[row + query] * LOG2E : INFINITY;
     facts[half][1] = here ? ((const float *)p.delta)[row + query] : 0.0f;
     range[half][0] = here ? visible.begin(query) : 0;
     range[half][1] = here ? visible.end(query) : 0;

@@ -4,8 +4,6 @@
 #include "common/mma.cuh"
 #include "common/philox.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
-
 // The interval of keys that each query sees.
 struct Visible {
   int queries, keys;
@@ -33,7 +31,7 @@ struct Score {
   __device__ static Score make(double scale, double softcap, const float *slopes, int head) {
     const bool capped = softcap > 0, plain = !capped && slopes == nullptr && scale > 0;
     return {float(capped ? scale / softcap : scale), float(softcap), slopes == nullptr ? 0.0f : slopes[head],
-            plain ? float(scale * LOG2_E) : LOG2_E, plain, capped};
+            plain ? float(scale * LOG2_E) : LOG2E, plain, capped};
   }
   // distance: j - i - offset.
   __device__ __forceinline__ float operator()(float product, int distance) const {
@@ -42,7 +40,7 @@ struct Score {
     return x + slope * distance;
   }
   // tanh by one exponential: 1 - 2 / (1 + e^2x), which neither overflows nor cancels where it matters (|x| of 1e-3 loses 1e-4 of it).
-  __device__ __forceinline__ static float tangent(float x) { return 1.0f - 2.0f / (1.0f + power_of_two(2 * LOG2_E * x)); }
+  __device__ __forceinline__ static float tangent(float x) { return 1.0f - 2.0f / (1.0f + power_of_two(2 * LOG2E * x)); }
 };
 
 // The keyed dropout of one head's probabilities.

@@ -84,13 +84,13 @@ template <typename T, int D, int E, int SETS, int KEYS> struct Forward {
         float largest = maximum[s][half] * unit;
         float factor = 1.0f;
         if (sinks != nullptr) {
-          const float sink = sinks[head] * LOG2_E, top = fmaxf(largest, sink);
+          const float sink = sinks[head] * LOG2E, top = fmaxf(largest, sink);
           factor = power_of_two(largest - top);
           sum = sum * factor + power_of_two(sink - top);
           largest = top;
         }
         const int query = first_query + row(s, half);
-        if (threadIdx.x % 4 == 0 && query < queries) lse[query] = sum > 0.0f ? (largest + log2f(sum)) * LN_2 : -INFINITY;
+        if (threadIdx.x % 4 == 0 && query < queries) lse[query] = sum > 0.0f ? (largest + log2f(sum)) * LN2 : -INFINITY;
         total[s][half] = sum > 0.0f ? factor / sum * kept : 0.0f;
       }
 #pragma unroll

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t MAX_ROWS = INT32_MAX, MAX_KEYS = INT32_MAX / 2;
 constexpr int MAX_THREADS = 512, LONG_THREADS = 512;
-constexpr double LOG2_E = 1.4426950408889634;
 
 template <typename T> struct Arguments {
   const T *x;

@@ -133,7 +133,9 @@ def _compile(compiler: Sequence[str], files: Sequence[Path], version: str, repor
 
     def compile_one(source: Path) -> Path:
         root = source.parent if source.suffix == ".cu" else source.parents[1]
-        built = CACHE / f"{source.stem}-{_digest([version, *compiler], [source, *_included(source, root)])}.o"
+        # What is included counts, not where the tree lies: a copy of it with one file changed compiles that file alone.
+        flags = [word for word in compiler if not word.startswith("-I")]
+        built = CACHE / f"{source.stem}-{_digest([version, *flags], [source, *_included(source, root)])}.o"
         if built.exists():
             next(finished)
             return built

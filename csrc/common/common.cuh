@@ -21,6 +21,8 @@
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int VECTOR_BYTES = 16;  // the widest load and store
+constexpr double LOG2_E = 1.4426950408889634074, LN_2 = 0.69314718055994530942;
+constexpr float LOG2E = float(LOG2_E), LN2 = float(LN_2);
 
 // In what precision a type is computed with: half precisions only store.
 template <typename T> struct compute { using type = float; };
@@ -30,22 +32,18 @@ template <typename T> using compute_t = typename compute<T>::type;
 template <typename C, typename T> __device__ __forceinline__ C widen(T value) { return static_cast<C>(value); }
 template <typename T, typename C> __device__ __forceinline__ T narrow(C value) { return static_cast<T>(value); }
 
-__device__ __forceinline__ float exponential(float x) { return __expf(x); }
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
-// 2^x in one instruction, without the five that make results below 2^-126 other than 0.
+// 2^x in one instruction, within 2^-22 of it, without the five that make results below 2^-126 other than 0.
 #ifdef MEGALM_SHIM
 inline float power_of_two(float x) { return std::exp2(x); }
 inline double power_of_two(double x) { return std::exp2(x); }
+inline double inverse_root(double x) { return 1.0 / std::sqrt(x); }
 #else
 __device__ __forceinline__ float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-#endif
-#ifdef MEGALM_SHIM
-inline double exponential(double x) { return std::exp(x); }
-inline double inverse_root(double x) { return 1.0 / std::sqrt(x); }
 #endif
 
 // N neighbours in memory, read and written at once where they are 16 bytes and so aligned. Half precisions stay packed two to a

@@ -6,14 +6,11 @@
 #pragma once
 #include "common/common.cuh"
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
-
 #ifdef MEGALM_SHIM
 template <typename C> inline C multiply_add(C a, C b, C c) { return std::fma(a, b, c); }
 template <typename C> inline C rounded_product(C a, C b) { return a * b; }
 template <typename C> inline C logarithm(C x) { return std::log(x); }
 template <typename C> inline C power_of_e(C x) { return std::exp(x); }
-inline float power_of_two(float x) { return std::exp2(x); }
 #else
 // Rounded once.
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -21,12 +18,6 @@ __device__ __forceinline__ float multiply_add(float a, float b, float c) { retur
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ float power_of_e(float x) { return expf(x); }
-// 2^x, within 2^-22 of it; results below 2^-126 are 0.
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 #endif
 
 template <typename T> struct Power {

@@ -2,18 +2,10 @@
 #pragma once
 #include "common/common.cuh"
 
-constexpr double LOG2_E = 1.4426950408889634074;
-
 #ifdef MEGALM_SHIM
-inline float power_of_two(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 #else
-// One instruction each, at most 2 units in the last place off; what would be subnormal is 0.
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+// One instruction, at most 2 units in the last place off; what would be subnormal is 0.
 __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -86,7 +86,6 @@ template <class T> T __shfl_down_sync(uint32_t mask, T value, unsigned distance)
   return shim::lane_of<T>(slots, lane + int(distance) < 32 ? lane + int(distance) : lane);
 }
 
-inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 

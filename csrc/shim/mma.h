@@ -64,4 +64,3 @@ inline void multiply(const bf16 &, float (&c)[4], const uint32_t (&a)[4], uint32
 inline void multiply(const f16 &, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   shim::multiply<f16>(c, a, b0, b1);
 }
-inline float power_of_two(float x) { return std::exp2(x); }

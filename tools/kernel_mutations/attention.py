@@ -42,7 +42,7 @@ MUTATIONS = (
     _bug("a tile that some don't see in full goes unmasked", _FORWARD, "key >= all_begin && key + KEYS <= all_end",
          "key >= all_begin && key + KEYS <= end + KEYS"),
     _bug("a sink that only moves the maximum", _FORWARD, "sum = sum * factor + power_of_two(sink - top);", "sum = sum * factor;"),
-    _bug("lse in units of two", _FORWARD, "(largest + log2f(sum)) * LN_2", "(largest + log2f(sum))"),
+    _bug("lse in units of two", _FORWARD, "(largest + log2f(sum)) * LN2", "(largest + log2f(sum))"),
     _bug("kept probabilities are not scaled", _FORWARD, "factor / sum * kept", "factor / sum"),
     _bug("delta is not subtracted", _BACKWARD, "p * (grads[0][n][i] - query_delta) * slope", "p * grads[0][n][i] * slope"),
     _bug("the slope of the softcap is forgotten", _BACKWARD, "slope = 1.0f - share * share;", "slope = 1.0f;"),
