@@ -29,13 +29,15 @@ __device__ __forceinline__ void add(Two<compute_t<T>> &sums, const Pack<T, VEC> 
   for (int i = 0; i < VEC; i++) sums.first += grad[i] * y[i], sums.second += y[i];
 }
 
+template <typename C> __device__ __forceinline__ C factor(const Two<C> &sums, C scale) {
+  return sums.second == C(0) ? C(0) : scale / sums.second;
+}
+
 // Not grad_y less a quotient: where one key has it all, only what is left of the difference counts.
 template <typename T, int VEC>
 __device__ __forceinline__ void write(T *to, const Pack<T, VEC> &grad, const Pack<T, VEC> &y, const Two<compute_t<T>> &sums,
-                                      compute_t<T> scale) {
-  using C = compute_t<T>;
-  const C factor = sums.second == C(0) ? C(0) : scale / sums.second;
-  C out[VEC];
+                                      compute_t<T> factor) {
+  compute_t<T> out[VEC];
 #pragma unroll
   for (int i = 0; i < VEC; i++) out[i] = factor * y[i] * fma(grad[i], sums.second, -sums.first);
   store<VEC>(to, out);
@@ -63,10 +65,11 @@ __global__ void __launch_bounds__(PACKS == 8 ? MAX_THREADS : SMALL_BLOCK) softma
 #pragma unroll
     for (int p = 0; p < PACKS; p++) add(sums, grads[p], ys[p]);
     sums = sum_row(sums);
+    const C scale = factor(sums, a.scale);
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
       const int column = (p * blockDim.x + threadIdx.x) * VEC;
-      if (here && column < a.keys) write(a.grad_x + start + column, grads[p], ys[p], sums, a.scale);
+      if (here && column < a.keys) write(a.grad_x + start + column, grads[p], ys[p], sums, scale);
     }
   }
 }
@@ -80,10 +83,11 @@ template <typename T, int VEC> __global__ void __launch_bounds__(LONG_THREADS) s
   for (int column = first; column < seen; column += step)
     add(sums, load<VEC>(a.grad_y + start + column), load<VEC>(a.y + start + column));
   sums = sum_row(sums);
+  const C scale = factor(sums, a.scale);
   for (int column = first; column < a.keys; column += step) {
     Pack<T, VEC> grad{}, y{};
     if (column < seen) grad = load<VEC>(a.grad_y + start + column), y = load<VEC>(a.y + start + column);
-    write(a.grad_x + start + column, grad, y, sums, a.scale);
+    write(a.grad_x + start + column, grad, y, sums, scale);
   }
 }
 

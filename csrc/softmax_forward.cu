@@ -38,16 +38,29 @@ template <typename T> struct Row {
   }
 };
 
+// Which of N keys a mask shows. Kept as it was loaded: a register a byte would stop the loads after it.
+template <int N, bool WORDS = N % 4 == 0> struct alignas(N) Visible {
+  uint8_t bytes[N];
+  __device__ __forceinline__ bool operator[](int i) const { return bytes[i] != 0; }
+};
+template <int N> struct alignas(N) Visible<N, true> {
+  uint32_t words[N / 4];
+  __device__ __forceinline__ bool operator[](int i) const { return (words[i / 4] >> (8 * (i % 4)) & 0xffu) != 0; }
+};
+template <int N> __device__ __forceinline__ Visible<N> load_mask(const uint8_t *from) {
+  return *reinterpret_cast<const Visible<N> *>(from);
+}
+
 // The scores of one pack, -inf where a key isn't visible; returns the largest of them and `top`.
 template <bool MASKED, typename T, int VEC>
 __device__ __forceinline__ compute_t<T> scores(const Row<T> &row, int column, const Pack<T, VEC> &pack,
-                                               const Pack<uint8_t, VEC> &bytes, compute_t<T> (&to)[VEC], compute_t<T> top) {
+                                               const Visible<VEC> &shown, compute_t<T> (&to)[VEC], compute_t<T> top) {
 #pragma unroll
   for (int i = 0; i < VEC; i++) to[i] = pack[i];
   if (MASKED || column + VEC > row.seen) {
 #pragma unroll
     for (int i = 0; i < VEC; i++) {
-      const bool visible = column + i < row.seen && (!MASKED || bytes.elements[i] != 0);
+      const bool visible = column + i < row.seen && (!MASKED || shown[i]);
       to[i] = visible ? to[i] : compute_t<T>(-INFINITY);
     }
   }
@@ -89,22 +102,22 @@ __global__ void __launch_bounds__(PACKS == 8 ? MAX_THREADS : SMALL_BLOCK) softma
   for (uint32_t first = blockIdx.x * blockDim.y; first < a.rows; first += gridDim.x * blockDim.y) {
     const Row<T> row(a, first + threadIdx.y);
     Pack<T, VEC> packs[PACKS];
-    Pack<uint8_t, VEC> bytes[PACKS];
+    Visible<VEC> shown[PACKS];
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
       const int column = (p * blockDim.x + threadIdx.x) * VEC;
       packs[p] = Pack<T, VEC>{};
-      bytes[p] = Pack<uint8_t, VEC>{};
+      shown[p] = Visible<VEC>{};
       if (column >= row.seen) continue;
       packs[p] = load<VEC>(row.x + column);
-      if (MASKED) bytes[p] = load<VEC>(row.mask + column);
+      if (MASKED) shown[p] = load_mask<VEC>(row.mask + column);
     }
     C values[PACKS][VEC] = {};
     C largest = C(-INFINITY);
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
       const int column = (p * blockDim.x + threadIdx.x) * VEC;
-      if (column < row.seen) largest = scores<MASKED>(row, column, packs[p], bytes[p], values[p], largest);
+      if (column < row.seen) largest = scores<MASKED>(row, column, packs[p], shown[p], values[p], largest);
     }
     Partial<C> mine{largest * a.scale, C(0)};
     const C from = base(mine.top);
@@ -134,9 +147,9 @@ __global__ void __launch_bounds__(LONG_THREADS) softmax_forward_long(const Argum
   const int first = threadIdx.x * VEC, step = LONG_THREADS * VEC;
   C values[VEC], largest = C(-INFINITY);
   const auto read = [&](int column) {
-    Pack<uint8_t, VEC> bytes{};
-    if (MASKED) bytes = load<VEC>(row.mask + column);
-    return scores<MASKED>(row, column, load<VEC>(row.x + column), bytes, values, largest);
+    Visible<VEC> shown{};
+    if (MASKED) shown = load_mask<VEC>(row.mask + column);
+    return scores<MASKED>(row, column, load<VEC>(row.x + column), shown, values, largest);
   };
   Partial<C> mine{C(-INFINITY), C(0)};
   for (int column = first; column < row.seen; column += step) {
