@@ -159,6 +159,19 @@ def test_minus_infinity_is_a_probability_of_zero(shim):
         assert not logits[:, :16].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_and_losses_have_fp32_s_digits_whatever_the_logits(shim, dtype):
+    """Half precision only stores. Far from 0 a maximum's multiple is rounded by more than an fp32 sum may be off."""
+    logits = (2 * randn(16, 1000, seed=3) + 250).to(dtype)
+    targets, weight = torch.arange(16), torch.ones(16, dtype=torch.float64)
+    exact, found = (chunk_statistics(x, targets, 0, 1000, backend=backend) for x, backend in
+                    ((logits.double(), "reference"), (logits, "megalm")))
+    for one, value in zip(found, exact, strict=True):
+        torch.testing.assert_close(one.double(), value, rtol=3e-7, atol=0)
+    loss = chunk_loss(logits.double(), targets, 1000, weight, backend="reference")
+    torch.testing.assert_close(chunk_loss(logits, targets, 1000, weight, backend="megalm"), loss, rtol=0, atol=3e-7)
+
+
 def test_nothing_to_do(shim):
     empty, none = torch.empty(0, 8), torch.empty(0, dtype=torch.int64)
     assert [part.shape for part in chunk_statistics(empty, none, 0, 8, backend="megalm")] == [(0,)] * 3

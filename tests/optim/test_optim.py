@@ -158,7 +158,8 @@ def test_auto_takes_the_fastest_that_can_serve_and_logs_why(monkeypatch, apex, c
     assert apex["names"] == ["decay", "no_decay"] and isinstance(third, torch.optim.AdamW)
     first, second = [record.getMessage() for record in caplog.records]
     assert first == "optimizer adamw on cuda: apex (the fastest that serves on cuda; not deepspeed: it is not built)"
-    assert second.startswith("optimizer adamw on cuda: torch (the fastest that serves on cuda; not deepspeed: it is not built; not")
+    assert second.startswith("optimizer adamw on cuda: torch (the fastest that serves on cuda; not deepspeed: ")
+    assert "; not apex: its FusedAdam counts the steps" in second
     measured(monkeypatch, "deepspeed")
     with pytest.raises(ValueError, match=r"'auto' finds none for 'adamw' on cuda \(not deepspeed: it is not built\)"):
         build_optimizer(section(), model().named_parameters(), {"deepspeed": unbuilt})

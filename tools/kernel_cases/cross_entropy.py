@@ -28,8 +28,8 @@ def _tensors(rows: int, width: int, padding: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(FOREIGN, FOREIGN + width - padding, (rows,), generator=generator)
     targets[0], targets[1] = FOREIGN + width - padding - 1, -100  # the last column
-    if rows > 3:
-        targets[2] = FOREIGN - 1
+    if rows > 4:
+        targets[2], targets[3] = FOREIGN - 1, FOREIGN + width - padding  # before and behind the share
     return [logits, targets, torch.rand(rows, generator=generator, dtype=torch.float64) * (targets >= 0)]
 
 
