@@ -7,7 +7,9 @@ The output depends on the input and the tokenizer alone, not on the workers; it 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
+import signal
 import sys
 import time
 from collections import deque
@@ -87,6 +89,16 @@ class _InWorker:
         return cls.encoder(batch)
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A process started inside never hears a Ctrl-C, which a terminal sends to workers too: they end when this one does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def encode_all(batches: Iterator[Batch], work: Work, workers: int) -> Iterator[Encoded]:
     """The batches encoded, in their order. At most two batches a worker are in memory. Raises DataError if a worker dies."""
     if workers <= 1:
@@ -97,7 +109,8 @@ def encode_all(batches: Iterator[Batch], work: Work, workers: int) -> Iterator[E
         pending: deque = deque()
         try:
             for batch in batches:
-                pending.append(pool.submit(_InWorker.encode, batch))
+                with _without_interrupts():
+                    pending.append(pool.submit(_InWorker.encode, batch))
                 if len(pending) >= 2 * workers:
                     yield pending.popleft().result()
             while pending:

@@ -203,6 +203,39 @@ def test_full_disk(tmp_path, capsys, monkeypatch):
     assert "out: No space left on device; nothing was written" in err and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+@pytest.mark.parametrize("moment", ["starting", "working"])
+def test_ctrl_c_with_workers_is_one_word(tmp_path, moment):
+    """The terminal sends it to the workers too, at any moment; nothing of the output stays."""
+    pipe = tmp_path / "a.jsonl"
+    os.mkfifo(pipe)
+    command = [sys.executable, str(SCRIPT), "--input", str(pipe), "--output", str(tmp_path / "out"), "--tokenizer", "bytes",
+               "--workers", "2"]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        with open(pipe, "wb") as writer:
+            writer.write((b'{"text": "' + b"x" * 100_000 + b'"}\n') * 100)
+            writer.flush()
+            wait_for(lambda: len(children(process.pid)) >= 3 if moment == "starting" else (tmp_path / "out.bin.partial").exists())
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def children(pid: int) -> list[str]:
+    return [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_killed_in_the_middle(tmp_path):
     """The input is a pipe that stays open: when it is killed, the program has written some and waits. Then it goes through."""
     pipe, prefix = tmp_path / "a.jsonl", tmp_path / "out"
