@@ -35,6 +35,8 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], int], argv: Sequenc
         return int(stop.code or 0)
     try:
         return work(arguments)
+    except BrokenPipeError:  # the reader has seen enough: for cli.py
+        raise
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
     except ValueError as error:

@@ -25,10 +25,9 @@ from torch import Tensor
 
 from megalm.ops.library import use_shim
 from megalm.tools._command import Parser, run
-from megalm.tools._ops import registered
 from megalm.tools.bench_clock import Call, ceilings, clock_of, input_sets, measure
 from megalm.tools.bench_orders import COMPILED, installed_table, orders, write_orders
-from megalm.tools.bench_workloads import SIZES, WHOLE, Workload, asked, memory_asked, workloads
+from megalm.tools.bench_workloads import SIZES, WHOLE, Workload, asked, memory_asked, operations, workloads
 
 
 class Bench:
@@ -74,8 +73,8 @@ class Bench:
         return {**found, "targets": [] if self.quick else list(verdicts(found))}
 
     def _contenders(self, workload: Workload, compiled: bool, only: Sequence[str]) -> dict[str, Callable]:
-        backends = [name for name in registered().backends[workload.op] if not only or name in only]
-        calls = {name: partial(workload.run, backend=name) for name in backends}
+        backends = [name for name in operations()[workload.op] if not only or name in only]
+        calls = {name: partial(workload.prepare if workload.prepare else workload.run, backend=name) for name in backends}
         if compiled:
             torch._dynamo.reset()
             torch._functorch.config.donated_buffer = False  # or its backward pass could run only once
@@ -100,7 +99,7 @@ class Bench:
 
 def _results(workload: Workload, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Of the plain backend, for the sizes."""
-    if workload.flops is not None:
+    if workload.flops is not None or workload.prepare is not None:
         return ()
     with torch.no_grad():
         results = workload.run(*[tensor.clone() for tensor in inputs], backend="torch")
@@ -109,6 +108,8 @@ def _results(workload: Workload, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 def _calls(workload: Workload, call: Callable, inputs: Sequence[Tensor]) -> dict[str, Call]:
     """A function without arguments for each phase. Backward passes go through the graph of one forward pass again and again."""
+    if workload.prepare is not None:
+        return {"step": call(list(inputs))}
     if workload.phases == WHOLE and workload.flops is None:
         return {"step": lambda: call(*inputs)}  # the operation gives its gradient itself
     # Tables of rotary positions and weights of tokens have other dtypes, and nobody trains them.
@@ -189,9 +190,9 @@ def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[s
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no GPU here; --device cpu times what runs on the CPU")
     size = arguments.size or ("full" if device == "cuda" else "tiny" if arguments.shim else "small")
-    unknown = sorted(set(arguments.ops) - set(registered().backends))
+    unknown = sorted(set(arguments.ops) - set(operations()))
     if unknown:
-        raise ValueError(f"no operation {', '.join(unknown)}; there are {', '.join(sorted(registered().backends))}")
+        raise ValueError(f"no operation {', '.join(unknown)}; there are {', '.join(sorted(operations()))}")
     if arguments.shim:
         use_shim(arguments.shim)
     compiled = device == "cuda" if arguments.compile is None else arguments.compile
@@ -200,7 +201,7 @@ def _measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[s
     copies, multiplies = machine.ceilings["copy"] / 1e9, machine.ceilings["matmul"] / 1e12
     print(f"{facts['device']}: copies {copies:.1f} GB/s, multiplies {multiplies:.2f} TFLOP/s in bf16")
     for workload in workloads(size, arguments.ops):
-        records.append(machine.race(workload, compiled and workload.own))
+        records.append(machine.race(workload, compiled and workload.prepare is None))
         print("\n".join(lines(records[-1])), flush=True)
         if arguments.figures:
             arguments.figures.write_text(json.dumps({**facts, "workloads": records}, indent=1) + "\n")

@@ -1,16 +1,16 @@
 """What tools/bench_ops.py times: operations on shapes as in training, the bytes that they must move, and what is asked of them.
 
-An operation's own table stands in TABLES; the large cases of tools/kernel_cases follow, and are all there is for an operation
-that has no table.
+An operation's own table stands in TABLES. One without a table is timed on the large cases of tools/kernel_cases, which are there
+to prove it and may do more than the operation.
 """
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ class Workload:
 
     inputs: makes new tensors on a device. moved: (inputs, results) -> bytes of each phase, what must be read and written once.
     flops: of each phase, where the matrix rate is the bound. rival: what torch.compile is given, default `run` with `compiled`.
-    own: of an operation's own table. duel: one of those that torch.compile is raced on where time is short.
+    prepare: (inputs, backend) -> the step, where a call has something to be made before. own: of an operation's own table. duel:
+    one of those that torch.compile is raced on where time is short.
     """
 
     op: str
@@ -42,7 +43,8 @@ class Workload:
     moved: Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[float, ...]] | None = None
     flops: tuple[float, ...] | None = None
     compiled: str = "reference"
-    rival: Callable[..., Any] | None = field(default=None, compare=False)
+    rival: Callable[..., Any] | None = None
+    prepare: Callable[[list[Tensor], str], Callable[[], Any]] | None = None
     own: bool = True
     duel: bool = False
 
@@ -82,6 +84,12 @@ def rotary_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[f
     return size(*inputs, *results), 2 * size(*results) + size(*tables)
 
 
+def causal_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float, float]:
+    """What no query sees need not be read, but its zeros must be written."""
+    seen = size(*results) * (results[0].shape[-2] + 1) / 2 / results[0].shape[-1]
+    return seen + size(*results), 2 * seen + size(*results)
+
+
 def softmax_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float, float]:
     """Backward reads the probabilities and their gradient: a mask shows in the probabilities."""
     return size(*inputs, *results), 3 * size(*results)
@@ -98,6 +106,16 @@ def loss_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[flo
     return (3 * size(inputs[0]),)
 
 
+def in_place_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float]:
+    """Query and key are read and written, by the tables; the value is left alone."""
+    return (2 * size(*results[:2]) + size(*inputs[1:]),)
+
+
+def adam_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float]:
+    """Weight, gradient and both moments are read, all but the gradient written: 28 bytes a parameter in fp32."""
+    return (7 * size(*inputs),)
+
+
 BYTES = {"norm": norm_bytes, "rotary": rotary_bytes, "softmax": softmax_bytes, "dropout": dropout_bytes}
 
 
@@ -106,11 +124,6 @@ BYTES = {"norm": norm_bytes, "rotary": rotary_bytes, "softmax": softmax_bytes, "
 
 def random(device: str, *shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(*shape, device=device).mul_(scale).to(dtype)
-
-
-def function(op: str, name: str) -> Callable | None:
-    """megalm.ops.<op>.<name>, None where there is none."""
-    return getattr(importlib.import_module(f"megalm.ops.{op}"), name, None)
 
 
 def norms(size: str) -> Iterator[Workload]:
@@ -126,29 +139,31 @@ def norms(size: str) -> Iterator[Workload]:
             return add_norm(x, rest[0], weight, bias, 1e-5, kind=kind, backend=backend)
         return norm(x, weight, bias, 1e-5, kind=kind, backend=backend)
 
-    shapes = {"full": [(32768, 4096), (16384, 8192), (1024, 12288), (524288, 128)], "small": [(1024, 1024)], "tiny": [(5, 64)]}
+    shapes = {"full": [(32768, 4096), (16384, 8192), (1024, 12288), (2048, 32768), (524288, 128), (4097, 4095)],
+              "small": [(1024, 1024)], "tiny": [(5, 64)]}
     for rows, width in shapes[size]:
         for kind in ("rms_norm", "layer_norm"):
-            for residual in (False, True) if 1024 < width < 12288 else (False,):
+            for residual in (False, True) if width in (4096, 8192) else (False,):
                 yield Workload("norm", f"norm {kind} {rows}x{width}{' residual' * residual}",
                                partial(inputs, rows=rows, width=width, kind=kind, residual=residual),
-                               partial(run, kind=kind, residual=residual), duel=(rows, width) in shapes[size][::2])
+                               partial(run, kind=kind, residual=residual), duel=(rows, width) in shapes[size][:3:2])
 
 
 def activations(size: str) -> Iterator[Workload]:
+    from megalm.ops.activation import geglu, gelu, swiglu
+
     shapes = {"full": [(16384, 14336), (32768, 8192)], "small": [(1024, 704)], "tiny": [(3, 64)]}
-    for name in ("swiglu", "geglu", "gelu"):
-        call = function("activation", name)
-        for rows, width in shapes[size] if call else ():
-            def inputs(device: str, rows: int = rows, width: int = width, gelu: bool = name == "gelu") -> list[Tensor]:
-                return [random(device, rows, width), random(device, width)] if gelu else [random(device, rows, 2 * width)]
+    for name, call in (("swiglu", swiglu), ("geglu", geglu), ("gelu", gelu)):
+        for rows, width in shapes[size]:
+            def inputs(device: str, rows: int = rows, width: int = width, gated: bool = call is not gelu) -> list[Tensor]:
+                return [random(device, rows, 2 * width)] if gated else [random(device, rows, width), random(device, width)]
 
             yield Workload("activation", f"activation {name} {rows}x{width}{' bias' * (name == 'gelu')}", inputs, call,
                            duel=(rows, width) == shapes[size][0])
 
 
 def rotaries(size: str) -> Iterator[Workload]:
-    from megalm.ops.rotary import rotary, rotary_tables
+    from megalm.ops.rotary import rotary, rotary_qkv, rotary_tables
 
     shapes = {"full": [(8192, 2, 32, 128), (8192, 2, 40, 64)], "small": [(512, 2, 4, 64)], "tiny": [(3, 2, 2, 16)]}
     for shape in shapes[size]:
@@ -156,10 +171,40 @@ def rotaries(size: str) -> Iterator[Workload]:
             return [random(device, *shape), *rotary_tables(shape[0], shape[3], 10000.0, None, device)]
 
         yield Workload("rotary", f"rotary {'x'.join(map(str, shape))}", inputs, rotary, duel=shape == shapes[size][0])
+    s, b, heads, d = shapes[size][0]
+    groups = max(1, heads // 4)
+
+    def packed(device: str) -> list[Tensor]:
+        return [random(device, s, b, (heads + 2 * groups) * d), *rotary_tables(s, d, 10000.0, None, device)]
+
+    def in_place(qkv: Tensor, cos: Tensor, sin: Tensor, backend: str):
+        # Of an alias: what is turned in place is taken from the caller.
+        return rotary_qkv(qkv.detach(), heads, groups, cos, sin, backend=backend)
+
+    yield Workload("rotary", f"rotary in place {s}x{b}x{heads}x{d}", packed, in_place, WHOLE, moved=in_place_bytes)
+
+
+def softmaxes(size: str) -> Iterator[Workload]:
+    from megalm.ops.softmax import scaled_masked_softmax
+
+    shapes = {"full": [("causal", (4, 32, 2048, 2048)), ("whole", (1, 16, 4096, 4096)), ("padding", (16, 32, 1024, 1024)),
+                       ("whole", (1, 4, 4096, 16384))],
+              "small": [("causal", (1, 4, 256, 256))], "tiny": [("causal", (1, 2, 5, 64))]}
+    for kind, shape in shapes[size]:
+        def inputs(device: str, kind=kind, shape=shape) -> list[Tensor]:
+            lengths = torch.arange(shape[0], device=device)[:, None, None, None] % 4 * shape[3] // 8
+            padding = [torch.arange(shape[3], device=device) >= lengths] if kind == "padding" else []
+            return [random(device, *shape), *padding]
+
+        def run(x: Tensor, mask: Tensor | None = None, kind=kind, *, backend: str) -> Tensor:
+            return scaled_masked_softmax(x, 0.125, causal=kind == "causal", mask=mask, backend=backend)
+
+        yield Workload("softmax", f"softmax {kind} {'x'.join(map(str, shape))}", inputs, run,
+                       moved=causal_bytes if kind == "causal" else None, duel=kind != "padding")
 
 
 def losses(size: str) -> Iterator[Workload]:
-    from megalm.ops.cross_entropy import chunk_loss
+    from megalm.ops.cross_entropy import chunk_gradient, chunk_loss, chunk_statistics
 
     def inputs(device: str, rows: int, vocab: int) -> list[Tensor]:
         return [random(device, rows, vocab, scale=2.0), torch.randint(vocab, (rows,), device=device),
@@ -168,10 +213,17 @@ def losses(size: str) -> Iterator[Workload]:
     def run(logits: Tensor, targets: Tensor, weight: Tensor, backend: str) -> Tensor:
         return chunk_loss(logits, targets, logits.shape[1], weight, backend=backend)
 
+    def shared(logits: Tensor, targets: Tensor, weight: Tensor, backend: str) -> Tensor:
+        """As on one of several ranks, but for what they tell each other."""
+        vocab = logits.shape[1]
+        maximum, sums, _ = chunk_statistics(logits, targets, 0, vocab, backend=backend)
+        return chunk_gradient(logits, targets, 0, vocab, maximum.double() + sums.double().log(), weight, backend=backend)
+
     shapes = {"full": [(8192, 131072), (16384, 32000)], "small": [(256, 8192)], "tiny": [(3, 128)]}
-    for rows, vocab in shapes[size]:
-        yield Workload("cross_entropy", f"cross_entropy loss {rows}x{vocab}", partial(inputs, rows=rows, vocab=vocab), run, WHOLE,
-                       moved=loss_bytes, duel=vocab > 100000)
+    for index, (rows, vocab) in enumerate(shapes[size]):
+        for name, call in (("loss", run), ("shared", shared)):
+            yield Workload("cross_entropy", f"cross_entropy {name} {rows}x{vocab}", partial(inputs, rows=rows, vocab=vocab), call,
+                           WHOLE, moved=loss_bytes, duel=index == 0)
 
 
 def linear_losses(size: str) -> Iterator[Workload]:
@@ -201,7 +253,7 @@ def attentions(size: str) -> Iterator[Workload]:
     """Causal: two products forward and five backward, each over half of the scores."""
     from megalm.ops.attention import attention
 
-    shapes = {"full": [(4096, 2, 32, 8, 128)], "small": [(256, 2, 4, 4, 64)], "tiny": [(4, 1, 2, 1, 8)]}
+    shapes = {"full": [(8192, 2, 32, 8, 128), (2048, 8, 32, 32, 64)], "small": [(256, 2, 4, 4, 64)], "tiny": [(4, 1, 2, 1, 8)]}
     for s, b, heads, groups, d in shapes[size]:
         def inputs(device: str, s=s, b=b, heads=heads, groups=groups, d=d) -> list[Tensor]:
             return [random(device, s, b, h, d) for h in (heads, groups, groups)]
@@ -211,24 +263,45 @@ def attentions(size: str) -> Iterator[Workload]:
 
 
 def dropouts(size: str) -> Iterator[Workload]:
+    from megalm.ops.dropout import bias_dropout_add
     from megalm.ops.random import MLP_OUTPUT, DropoutKey
 
-    call = function("dropout", "bias_dropout_add")
     shapes = {"full": [(8192, 4, 4096)], "small": [(256, 2, 256)], "tiny": [(3, 2, 64)]}
-    for s, b, h in shapes[size] if call else ():
+    for s, b, h in shapes[size]:
         def inputs(device: str, s=s, b=b, h=h) -> list[Tensor]:
             return [random(device, s, b, h), random(device, h), random(device, s, b, h), torch.arange(b, device=device)]
 
         def run(x: Tensor, bias: Tensor, residual: Tensor, samples: Tensor, backend: str) -> Tensor:
             extents = [(0, x.shape[0], x.shape[0]), (0, x.shape[2], x.shape[2])]
-            return call(x, bias, residual, DropoutKey(1, 2, 3, MLP_OUTPUT), samples, extents, 0.1, backend=backend)
+            key = DropoutKey(1, 2, 3, MLP_OUTPUT)
+            return bias_dropout_add(x, bias, residual, key, samples, extents, 0.1, backend=backend)
 
         yield Workload("dropout", f"dropout {s}x{b}x{h} bias residual", inputs, run, duel=True)
 
 
+def optimizers(size: str) -> Iterator[Workload]:
+    """A step of AdamW on fp32 weights, as every rank has them under ZeRO 1: `optimizer.impl`."""
+    def inputs(device: str, count: int, edge: int) -> list[Tensor]:
+        return [random(device, edge, edge, dtype=FP32) for _ in range(count)]
+
+    def prepare(weights: list[Tensor], backend: str) -> Callable[[], Any]:
+        from megalm.engine.fused_adam import fused_adam
+        from megalm.optim import build_optimizer
+
+        parameters = [torch.nn.Parameter(weight) for weight in weights]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        asked = SimpleNamespace(name="adamw", impl=backend, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        return build_optimizer(asked, [(str(i), p) for i, p in enumerate(parameters)], {"deepspeed": fused_adam}).step
+
+    count, edge = {"full": (24, 4096), "small": (4, 512), "tiny": (2, 8)}[size]
+    yield Workload("optimizer", f"optimizer adamw {count}x{edge}x{edge}", partial(inputs, count=count, edge=edge), None, WHOLE,
+                   dtype=FP32, moved=adam_bytes, prepare=prepare)
+
+
 TABLES: dict[str, tuple[Callable[[str], Iterator[Workload]], ...]] = {
     "norm": (norms,), "cross_entropy": (losses, linear_losses), "activation": (activations,), "rotary": (rotaries,),
-    "dropout": (dropouts,), "attention": (attentions,),
+    "softmax": (softmaxes,), "dropout": (dropouts,), "attention": (attentions,), "optimizer": (optimizers,),
 }
 
 
@@ -248,15 +321,16 @@ def from_cases(op: str, size: str) -> Iterator[Workload]:
 
 
 def workloads(size: str, only: Sequence[str] = ()) -> list[Workload]:
-    """Of every registered operation (or of `only`): the tables of all first, then the cases; no name twice."""
-    ops = [op for op in [*TABLES, *sorted(registered().backends)] if op in registered().backends]
-    ops = [op for op in dict.fromkeys(ops) if not only or op in only]
-    found = [workload for op in ops for table in TABLES.get(op, ()) for workload in table(size)]
-    found += [workload for op in ops for workload in from_cases(op, size)]
-    first: dict[str, Workload] = {}
-    for workload in found:
-        first.setdefault(workload.name, workload)
-    return list(first.values())
+    """Of every operation (or of `only`), the tables first."""
+    chosen = [op for op in dict.fromkeys([*TABLES, *operations()]) if op in operations() and (not only or op in only)]
+    found = [workload for op in chosen for table in TABLES.get(op, ()) for workload in table(size)]
+    return found + [workload for op in chosen if op not in TABLES for workload in from_cases(op, size)]
+
+
+def operations() -> dict[str, list[str]]:
+    """{operation: names of its backends}, the optimizer's included."""
+    registry = registered()
+    return {op: list(backends) for op, backends in registry.backends.items()} | {"optimizer": registry.table["optimizer"]}
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -272,12 +346,13 @@ class Target:
 
 
 TARGETS = (
-    Target(r"norm \w+ (32768x4096|16384x8192|8192x4096|2048x32768)( residual)?$", SPLIT, 0.90),
+    Target(r"norm \w+ (32768x4096|16384x8192|2048x32768)( residual)?$", SPLIT, 0.90),
     Target(r"norm layer_norm 1024x12288$", ("backward",), 0.55),
-    Target(r"softmax .*(2048|4096|8192|16384)$", SPLIT, 0.90),
+    Target(r"softmax (causal|whole|padding) ", SPLIT, 0.90),
     Target(r"rotary 8192x", SPLIT, 0.90),
+    Target(r"rotary in place 8192x", WHOLE, 0.90),
     Target(r"activation swiglu (16384|32768)x", SPLIT, 0.90),
-    Target(r"cross_entropy loss 8192x131072$", WHOLE, 0.85),
+    Target(r"cross_entropy (loss|shared) 8192x131072$", WHOLE, 0.85),
     Target(r"cross_entropy linear 8192x4096x131072$", WHOLE, 0.85),
 )
 MEMORY_TARGETS = {r"cross_entropy linear 8192x4096x131072$": 131072 * 4096 * 2 + 0.5e9}

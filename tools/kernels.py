@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float32")
 DEVICES = ("cuda", "cpu")
+USUAL = {"attention": ("head_dim=128",), "activation": ("swiglu",), "norm": ("rms_norm",)}
+"""What the calls of a Llama-style model have: traits without which a backend could not tell whether it serves."""
 
 
 def library_facts() -> dict[str, Any]:
@@ -37,7 +39,7 @@ def traits(table: dict[str, Any], op: str) -> list[str]:
     """Properties of a call, beside device and dtype, for which a backend of `op` is passed over."""
     words = {word for reasons in table["backends"].get(op, {}).values()
              for kind in ("cannot", "avoid") for word in reasons.get(kind, {})}
-    return sorted(words - {*DEVICES, *DTYPES, "float16", "float64"})
+    return sorted(words - {*DEVICES, *DTYPES, "float16", "float64", *USUAL.get(op, ())})
 
 
 def choice(registry: Registry, op: str, device: str, dtype: str, with_traits: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def choice(registry: Registry, op: str, device: str, dtype: str, with_traits: tu
 
     from megalm.ops.registry import Features
 
-    features = Features(device, getattr(torch, dtype), with_traits)
+    features = Features(device, getattr(torch, dtype), (*with_traits, *USUAL.get(op, ())))
     taken, others = None, {}
     for backend, reason in registry.candidates(op, features):
         if reason is None and taken is None:
@@ -73,10 +75,15 @@ def operations(registry: Registry, device: str) -> Iterator[dict[str, Any]]:
 def _merged(registry: Registry, op: str, device: str, trait: str, found: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     facts = {"operation": op, "with": trait, "measured_on": registry.measured_on(op, device)}
     first = found[DTYPES[0]]
-    if all(other == first for other in found.values()):
-        yield {**facts, "dtypes": list(DTYPES), **first}
-    else:
+    if any(mine["backend"] != first["backend"] for mine in found.values()):
         yield from ({**facts, "dtypes": [dtype], **mine} for dtype, mine in found.items())
+        return
+    others = {}
+    for name in first["others"]:
+        reasons = {dtype: mine["others"][name] for dtype, mine in found.items()}
+        differ = len({*reasons.values()}) > 1
+        others[name] = "; ".join(f"{dtype}: {reason}" for dtype, reason in reasons.items()) if differ else first["others"][name]
+    yield {**facts, "dtypes": list(DTYPES), "backend": first["backend"], "others": others}
 
 
 def describe(device: str | None) -> dict[str, Any]:
@@ -106,14 +113,16 @@ def table(facts: dict[str, Any]) -> Iterator[str]:
     if gpu is None and facts["device"] == "cuda":
         yield "            what follows is for a GPU that was not measured, as far as can be told without one"
     yield ""
-    yield f"on {facts['device']}, with kernels.<operation> \"auto\":"
+    yield f"on {facts['device']}, in a Llama-style model, with kernels.<operation> \"auto\":"
+    said: set[tuple[str, str, str]] = set()
     for mine in facts["operations"]:
         name = mine["operation"] + (f", {mine['with']}" if mine["with"] else "")
         dtype = "" if len(mine["dtypes"]) > 1 else mine["dtypes"][0]
         order = f"measured on {mine['measured_on']}" if mine["measured_on"] else "not measured on this device"
         yield f"  {name:22} {dtype:9} {mine['backend'] or 'none':10} {order}"
         for other, reason in mine["others"].items():
-            if not reason.startswith("behind "):
+            if not reason.startswith("behind ") and (mine["operation"], other, reason) not in said:
+                said.add((mine["operation"], other, reason))
                 yield f"  {'':32}   not {other}: {reason}"
 
 

@@ -18,10 +18,10 @@ from megalm.data.loader import MicroBatch
 from megalm.engine.engine import build
 from megalm.metrics.devices import peak_flops
 from megalm.model import choose_kernels, layers
-from megalm.ops.registry import REGISTRY
 from megalm.parallel.groups import start
 from megalm.parallel.random import StepContext
 from megalm.plan import flops, make_plan
+from megalm.tools._ops import registered
 
 SETS = ("megalm", "torch", "reference")
 SCORES_LIMIT = 2048  # positions: beyond, the scores of all layers that plain attention keeps would not fit
@@ -61,7 +61,7 @@ DRY_RUN = _runs("tiny", ("megalm", "reference"), layers=1, hidden=32, heads=2, g
 
 def backends(run: Run) -> dict[str, str]:
     """The backend of every operation that a model names: of the run's set where there is one, else torch's."""
-    chosen = {op: run.kernels if run.kernels in REGISTRY.backends.get(op, {}) else "torch" for op in Kernels.model_fields}
+    chosen = {op: run.kernels if run.kernels in registered().backends[op] else "torch" for op in Kernels.model_fields}
     if run.kernels == "reference" and run.seq > SCORES_LIMIT:
         chosen["attention"] = "torch"
     return chosen
