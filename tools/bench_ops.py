@@ -135,14 +135,18 @@ def raise_if_broken(error: BaseException) -> None:
 
 
 def verdicts(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What is asked of `megalm` for this workload and whether it was met: fractions, memory, to be ahead of torch.compile."""
+    """What is asked of `megalm` for this workload and whether it was met: fractions, memory, to be ahead of torch.compile.
+
+    Kernels that could not run at all have met nothing.
+    """
     fractions, seconds = found["fractions"].get("megalm"), found["seconds"].get("megalm")
-    if fractions is None:
-        return
     for target in asked(found["name"]):
         for phase in target.phases:
-            yield {"asked": f"{phase} >= {target.least:.2f} of the {found['ceiling']} ceiling", "got": fractions[phase],
-                   "met": fractions[phase] >= target.least}
+            got = 0.0 if fractions is None else fractions[phase]
+            yield {"asked": f"{phase} >= {target.least:.2f} of the {found['ceiling']} ceiling", "got": got,
+                   "met": got >= target.least}
+    if seconds is None:
+        return
     if COMPILED in found["seconds"]:
         for phase, rival in found["seconds"][COMPILED].items():
             yield {"asked": f"{phase} ahead of {COMPILED}", "got": rival / seconds[phase], "met": seconds[phase] <= rival}

@@ -97,7 +97,14 @@ def steps(run: Run) -> Iterator[list[MicroBatch]]:
 
 
 def train(run: Run, device: str) -> dict[str, Any]:
-    """Speed, memory and losses of a run."""
+    """Speed, memory and losses of a run; `skipped` where the GPU has not enough memory for it."""
+    try:
+        return _train(run, device)
+    except torch.OutOfMemoryError as error:
+        return {"model": run.model, "set": run.kernels, "skipped": str(error).splitlines()[0]}
+
+
+def _train(run: Run, device: str) -> dict[str, Any]:
     made = config(run)
     chosen = choose_kernels(made, torch.device(device))
     plan = make_plan(made, 1)
