@@ -16,6 +16,7 @@ from megalm.tools.build_kernels import build_shim
 from megalm.tools.gpu import report, stages, supervise, training
 from megalm.tools.gpu.stages import Settings
 from megalm.tools.gpu.supervise import STAGES, Stage
+from megalm.tools.kernel_cases import MODULES
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +187,12 @@ def test_inputs_are_made_on_the_cpu_where_a_case_mixes_devices():
 
     assert stages._drawn(SETTINGS._replace(dry_run=False, seed=5), 1, run) == "made"
     assert devices == [(1_000_008, "cuda"), (1_000_008, "cpu")]
+
+
+def test_where_time_ends_every_operation_has_had_some():
+    assert stages.in_turn([[1, 2, 3], [], [4], [5, None]]) == [1, 4, 5, 2, None, 3]
+    names = [case.name for size, case in stages._all_cases(SETTINGS._replace(dry_run=False)) if size == "large"]
+    assert len({name.split()[0] for name in names[:len(MODULES)]}) == len(MODULES)
 
 
 def test_both_counts_of_flops():

@@ -9,9 +9,10 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,7 +164,14 @@ def _all_cases(settings: Settings) -> list[tuple[str, Any]]:
 
     if settings.dry_run:
         return [("small", case) for module in kernel_cases.MODULES for case in module.small()[:2]]
-    return [*(("small", case) for case in kernel_cases.small()), *(("large", case) for case in kernel_cases.large())]
+    large = in_turn([module.large() for module in kernel_cases.MODULES])
+    return [*(("small", case) for case in kernel_cases.small()), *(("large", case) for case in large)]
+
+
+def in_turn(lists: Iterable[Sequence[Any]]) -> list[Any]:
+    """The first of each, the second of each and so on: where time ends, every operation has had some."""
+    missing = object()
+    return [item for row in zip_longest(*lists, fillvalue=missing) for item in row if item is not missing]
 
 
 def cases(settings: Settings) -> list[Item]:
@@ -235,12 +243,13 @@ def bench(settings: Settings) -> list[Item]:
     """The tables first, then megalm's kernels against torch.compile, which takes long to compile, then the cases."""
     from megalm.tools.bench_ops import Bench
     from megalm.tools.bench_orders import COMPILED
-    from megalm.tools.bench_workloads import workloads
+    from megalm.tools.bench_workloads import operations, workloads
 
     use_kernels(settings)
     made = Bench(settings.device, "tiny" if settings.dry_run else "full", "eager" if settings.dry_run else "inductor")
     found = workloads(made.size)
-    duels = [workload for workload in found if workload.duel][:1 if settings.dry_run else None]
+    duels = in_turn([[workload for workload in found if workload.op == op and workload.duel] for op in operations()])
+    duels = duels[:1] if settings.dry_run else duels
     return [Item("ceilings", made.facts),
             *(Item(workload.name, partial(made.race, workload)) for workload in found if workload.own),
             *(Item(f"{workload.name} against {COMPILED}", partial(made.race, workload, True, ("megalm",))) for workload in duels),
