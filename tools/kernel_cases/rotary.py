@@ -35,7 +35,8 @@ def _fused(qkv: Tensor, *positions: Tensor, places: int, dims: int, heads: int, 
 def _positions(shape: tuple[int, ...], rows: int) -> Tensor:
     """Of documents of a third of the sequence each, which begin elsewhere in each sequence."""
     s, b = shape[:2]
-    return (torch.arange(s)[:, None] + torch.arange(b)) % max(1, s // 3) if rows == 2 else torch.arange(s) % max(1, s // 3)
+    places = torch.arange(s) if rows == 1 else torch.arange(s)[:, None] + torch.arange(b)
+    return places % max(2, s // 3)
 
 
 def _case(shape: tuple[int, ...], fused: bool, rows: int, **options) -> Case:
