@@ -64,8 +64,9 @@ def _attention_core(config: Config, plan: Plan) -> int:
     query, key = _query_and_key(config, plan)
     width = WIDTH[config.precision.dtype]
     scores = 4 if backend == "reference" else width
-    wider = (query + 2 * key) * (scores - width) // width
-    return wider + rows * model.seq_length * scores * (2 if model.attention_dropout > 0 or backend == "reference" else 1)
+    operands = (query + 2 * key) * (scores - width) // width
+    operands += key if model.qk_norm else 0  # the values once more: the norms keep the projection
+    return operands + rows * model.seq_length * scores * (2 if model.attention_dropout > 0 or backend == "reference" else 1)
 
 
 def head_activations(config: Config, plan: Plan) -> int:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from megalm.model import layers
 from megalm.ops.attention import attention
+from megalm.ops.library import use_shim
 from megalm.ops.random import ATTENTION_SCORES, DropoutKey
 from megalm.ops.registry import REGISTRY, Features
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
-from megalm.plan import make_plan
+from megalm.plan import activations, make_plan
 from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
+from tests import dist
 from tests.config.trees import config
+from tests.plan.live import saved_by_a_layer
 
 KEY = DropoutKey(1, 2, 3, ATTENTION_SCORES)
 SHAPES = [(9, 9, 2, 4, 2, 8), (5, 12, 1, 6, 2, 5), (9, 4, 2, 4, 1, 8), (1, 7, 2, 2, 2, 8)]  # s, s_k, b, H, G, d
@@ -120,3 +124,22 @@ def run_layers(backend: str, mode: str, **model) -> list[torch.Tensor]:
 def test_the_model_gives_the_same(shim, mode, model):
     for got, expected in zip(run_layers("megalm", mode, **model), run_layers("reference", mode, **model), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def saved_with_shim(rank: int, world: int, library: str, sections: dict) -> int:
+    use_shim(Path(library))
+    return saved_by_a_layer(rank, world, sections)
+
+
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_layer_keeps_what_the_plan_says(shim_library, qk_norm, attention_dropout):
+    """Rotated in place, queries and keys are kept once; scores and probabilities in the model's dtype."""
+    sections = {"model": {**MODEL, "hidden_size": 256, "seq_length": 128, "activation": "gelu", "ffn_hidden_size": 512,
+                          "qk_norm": qk_norm, "attention_dropout": attention_dropout},
+                "precision": {"dtype": "bf16"}, "batch": {"micro": 2}, "recompute": {"mode": "none"},
+                "kernels": dict.fromkeys(("attention", "softmax", "rotary"), "megalm")}
+    planned = config(**sections)
+    estimate = activations.layer_activations(planned, make_plan(planned, 1), "none")
+    live, = dist.run(saved_with_shim, 1, str(shim_library), sections)
+    assert estimate == pytest.approx(live, rel=0.03)
