@@ -70,7 +70,7 @@ class Bench:
         found["seconds"] = {name: {phase: times[phase][name] for phase in workload.phases} for name in contenders}
         found["fractions"] = {name: {phase: work[phase] / seconds[phase] / self.ceilings[workload.ceiling]
                                      for phase in workload.phases} for name, seconds in found["seconds"].items()}
-        return {**found, "targets": [] if self.quick else list(verdicts(found))}
+        return {**found, "targets": list(verdicts(found)) if self.size == "full" else []}
 
     def _contenders(self, workload: Workload, compiled: bool, only: Sequence[str]) -> dict[str, Callable]:
         backends = [name for name in operations()[workload.op] if not only or name in only]
