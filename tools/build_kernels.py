@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, LIBRARY_FOLDER, CACHE = ROOT / "csrc", ROOT / "megalm/ops/lib", ROOT / "build/kernels"
@@ -129,7 +130,7 @@ def _compile(compiler: Sequence[str], files: Sequence[Path], version: str, repor
     """Objects of the files, in the cache, a file a core at a time; what a compiler said of each is beside it as .log."""
     CACHE.mkdir(parents=True, exist_ok=True)
     largest_first = sorted(files, key=lambda file: -file.stat().st_size)  # a long one that began last would be waited for
-    finished = count(1)
+    finished, speaking = count(1), Lock()
 
     def compile_one(source: Path) -> Path:
         root = source.parent if source.suffix == ".cu" else source.parents[1]
@@ -145,7 +146,8 @@ def _compile(compiler: Sequence[str], files: Sequence[Path], version: str, repor
             raise BuildError(f"{source.name} does not compile:\n{done.stderr.strip()}")
         built.with_suffix(".log").write_text(done.stderr)
         partial.replace(built)
-        report(f"{next(finished)} of {len(files)}: compiled {source.name} in {time.monotonic() - start:.0f} s")
+        with speaking:
+            report(f"{next(finished)} of {len(files)}: compiled {source.name} in {time.monotonic() - start:.0f} s")
         return built
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
