@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,7 +141,7 @@ def _compile(compiler: Sequence[str], files: Sequence[Path], version: str, repor
         if built.exists():
             next(finished)
             return built
-        start, partial = time.monotonic(), built.with_suffix(f".{os.getpid()}.partial")
+        start, partial = time.monotonic(), built.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
         done = subprocess.run([*compiler, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{source.name} does not compile:\n{done.stderr.strip()}")
