@@ -95,6 +95,7 @@ struct Launcher {
   megalm_stream stream;
   bool count_only;
   int64_t blocks = 0;
+  int error = cudaSuccess;
 
   RowAddress address() const { return {p.outer_stride, p.inner_stride, uint32_t(p.inner)}; }
 
@@ -109,7 +110,8 @@ struct Launcher {
 
   template <typename T, int VEC> void flat() {
     const int64_t packs_a_row = p.width / VEC, total = p.rows * packs_a_row;
-    if (count_only) return;
+    if (total > MAX_PACKS) error = cudaErrorInvalidValue;
+    if (count_only || error != cudaSuccess) return;
     MEGALM_ACTIVATION_DISPATCH(p.activation, (sizeof(T) > 2), {
       constexpr int UNROLL = 2;
       const auto kernel = activation_backward<T, VEC, FUNCTION, GATED, UNROLL>;
@@ -128,11 +130,9 @@ struct Launcher {
   }
 
   int run() {
-    if (!allowed(p.rows, p.width, p.inner, p.activation, p.bias) || p.rows < 1 || p.rows * p.width > MAX_PACKS) {
-      return cudaErrorInvalidValue;
-    }
+    if (!allowed(p.rows, p.width, p.inner, p.activation, p.bias) || p.rows < 1) return cudaErrorInvalidValue;
     MEGALM_DISPATCH(p.dtype, typed<T>());
-    return cudaSuccess;
+    return error;
   }
 };
 

@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) attention_backward_keys(cons
 
   SharedTile<D>::template fetch<OWN, BACKWARD_THREADS>(keys, (const T *)p.k + batch * p.k_batch + group * p.k_head, p.k_row, first_key, int(p.keys));
   SharedTile<E>::template fetch<OWN, BACKWARD_THREADS>(values, (const T *)p.v + batch * p.v_batch + group * p.v_head, p.v_row, first_key, int(p.keys));
+  copy_commit();  // in a group of their own: where no tile follows, the last wait must cover them all the same
   const auto fetch = [&](int turn) {
     const int head = group * each + turn / tiles, query = begin + turn % tiles * TILE, buffer = turn % 2;
     const int64_t row = (batch * p.heads + head) * p.queries;
@@ -171,6 +172,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) attention_backward_queries(c
                       int(p.keys - p.queries)};
   SharedTile<D>::template fetch<OWN, BACKWARD_THREADS>(queries, (const T *)p.q + batch * p.q_batch + head * p.q_head, p.q_row, first_query, visible.queries);
   SharedTile<E>::template fetch<OWN, BACKWARD_THREADS>(grads, (const T *)p.grad_out + batch * p.out_batch + head * p.out_head, p.out_row, first_query, visible.queries);
+  copy_commit();  // as above
   const auto fetch = [&](int key) {
     const int buffer = key / TILE % 2;
     SharedTile<D>::template fetch<TILE, BACKWARD_THREADS>(keys + buffer * S::OTHER_D, (const T *)p.k + batch * p.k_batch + group * p.k_head, p.k_row, key, visible.keys);

@@ -1,5 +1,5 @@
 // delta = sum over the value dim of grad_out out: a part of a warp a row, both read once, 16 bytes a thread. Math: attention.h.
-#include "attention.h"
+#include "attention_checks.cuh"
 #include "common/reduce.cuh"
 
 namespace {
@@ -36,7 +36,10 @@ template <typename T> int launch(const megalm_attention_delta_params &p, megalm_
 }
 
 int run(const megalm_attention_delta_params &p, megalm_stream stream) {
-  if (p.value_dim % 8 || p.value_dim < 8 || p.batch * p.heads * p.queries < 1) return cudaErrorInvalidValue;
+  const bool fits = p.value_dim % 8 == 0 && p.value_dim >= 8 && p.batch * p.heads * p.queries >= 1 &&
+                    attention::pointers_fit({p.out, p.grad_out}) &&
+                    attention::strides_fit({p.out_row, p.out_batch, p.out_head, p.grad_row, p.grad_batch, p.grad_head});
+  if (!fits) return cudaErrorInvalidValue;
   if (p.dtype == MEGALM_BF16) return launch<bf16>(p, stream);
   return p.dtype == MEGALM_F16 ? launch<f16>(p, stream) : cudaErrorInvalidValue;
 }

@@ -56,7 +56,8 @@ template <typename T, int D, int E, int SETS, int KEYS> struct Forward {
         for (int n = 0; n < TILES; n++) largest = fmaxf(largest, fmaxf(scores[s][n][2 * half], scores[s][n][2 * half + 1]));
         largest = reduce_quad(largest, [](float a, float b) { return fmaxf(a, b); });
         const float from = largest == -INFINITY ? 0.0f : largest * unit;  // nothing seen yet: exponentials of -inf, not of NaN
-        const float rescale = power_of_two(maximum[s][half] * unit - from);
+        // Exactly 1 where the maximum stays: what rounding left of it would be the same in every tile, and add up.
+        const float rescale = largest == -INFINITY ? 1.0f : power_of_two((maximum[s][half] - largest) * unit);
         maximum[s][half] = largest;
         float sum = 0.0f;
 #pragma unroll

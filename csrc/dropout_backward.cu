@@ -80,6 +80,7 @@ struct Launcher {
   megalm_stream stream;
   bool count_only;
   int64_t blocks = 0;
+  int error = cudaSuccess;
 
   template <typename T, int VEC> void tiles() {
     const auto kernel = dropout_bias_backward<T, VEC>;
@@ -91,8 +92,9 @@ struct Launcher {
   }
 
   template <typename T, int VEC> void flat() {
-    if (count_only) return;
     const int64_t packs_a_row = p.width / VEC, total = p.rows * packs_a_row;
+    if (total > INT32_MAX) error = cudaErrorInvalidValue;
+    if (count_only || error != cudaSuccess) return;
     const auto kernel = dropout_backward<T, VEC>;
     MEGALM_LAUNCH(kernel, dim3(unsigned(ceil_div(total, int64_t(THREADS * UNROLL)))), dim3(THREADS), 0, stream, (const T *)p.grad,
                   (T *)p.grad_x, hidden_mask(p), Divisor(uint32_t(packs_a_row)), uint32_t(total), compute_t<T>(p.scale));
@@ -108,7 +110,7 @@ struct Launcher {
   int run() {
     if (!sizes_allowed(p) || p.rows < 1) return cudaErrorInvalidValue;
     MEGALM_DISPATCH(p.dtype, typed<T>());
-    return cudaSuccess;
+    return error;
   }
 };
 

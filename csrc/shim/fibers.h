@@ -114,6 +114,8 @@ inline void resume(Fiber &f) { state().fiber = &f; swapcontext(&f.block->schedul
 inline void enter() {
   Fiber &f = self();
   f.block->run(f.block->body);
+  // No wait of the thread has covered these: on a GPU they may land whenever, over what was written there since.
+  if (!f.copies.empty() && f.block->error.empty()) f.block->error = "copies in the background are in no group";
   f.done = true;
   pause();
   std::abort();

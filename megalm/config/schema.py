@@ -221,7 +221,7 @@ class Kernels(Section):
     attention: Backend = "auto"
     """Scores, softmax and context."""
     softmax: Backend = "auto"
-    """The softmax of scores, where attention is megalm's."""
+    """The softmax of scores, where attention is megalm's and it has no kernel of the whole (fp32, other head dims)."""
     norm: Backend = "auto"
     """LayerNorm and RMSNorm."""
     rotary: Backend = "auto"

@@ -54,8 +54,8 @@ def layer_number(index: int, build: Build) -> int | Tensor:
 
 def attention_traits(config: Config) -> tuple[str, ...]:
     """What the model's attention asks of a backend."""
-    size = config.model.head_dim
-    return (*(("dropout",) if config.model.attention_dropout > 0 else ()), attention.dims_trait(size, size))
+    dims = attention.dims_trait(config.model.head_dim, config.model.head_dim)
+    return attention.plain_traits(DTYPES[config.precision.dtype], dims, config.model.attention_dropout > 0)
 
 
 def choose_kernels(config: Config, device: torch.device) -> dict[str, str]:
@@ -64,7 +64,8 @@ def choose_kernels(config: Config, device: torch.device) -> dict[str, str]:
     Raises ConfigError, with every one, for named backends that can't serve this model here.
     """
     chosen, problems = {}, []
-    traits = {"attention": attention_traits(config), "activation": (config.model.activation,)}
+    traits = {"attention": attention_traits(config), "activation": (config.model.activation,),
+              "norm": (config.model.normalization,)}
     for op, name in config.kernels.model_dump().items():
         try:
             run, reason = choose(op, name, Features(device.type, DTYPES[config.precision.dtype], traits.get(op, ())))

@@ -46,12 +46,12 @@ class Rules(NamedTuple):
     heads: tuple[int, int, int]
     softmax: str                # the backend of the softmax of scores, where megalm's attention is made of one
 
-    def traits(self, head_dim: int, value_dim: int, lse: bool) -> tuple[str, ...]:
-        """What a backend may not be able to do, as the registry's table has it."""
-        asked = {"dropout": self.dropout > 0.0, "softcap": self.softcap > 0.0, "alibi": self.slopes is not None,
-                 "sinks": self.sinks is not None, "lse": lse, "window": self.left >= 0 or self.right > 0,
-                 "documents": self.first is not None or self.last is not None}
-        return (*(name for name, is_asked in asked.items() if is_asked), dims_trait(head_dim, value_dim))
+    def traits(self, dtype: torch.dtype, dims: str, lse: bool) -> tuple[str, ...]:
+        """What a backend may not be able to do, or had better not, as the registry's table has it."""
+        asked = {"softcap": self.softcap > 0.0, "alibi": self.slopes is not None, "sinks": self.sinks is not None, "lse": lse,
+                 "documents": self.first is not None or self.last is not None,
+                 "masked": not self.causal_only and _fused(dtype, dims)}
+        return (*(name for name, is_asked in asked.items() if is_asked), *plain_traits(dtype, dims, self.dropout > 0.0))
 
     @property
     def causal_only(self) -> bool:
@@ -62,6 +62,12 @@ class Rules(NamedTuple):
 def dims_trait(head_dim: int, value_dim: int) -> str:
     """The trait that says which head dims a call has."""
     return f"head_dim={head_dim}" if head_dim == value_dim else f"head_dim={head_dim}/{value_dim}"
+
+
+def plain_traits(dtype: torch.dtype, dims: str, dropout: bool) -> tuple[str, ...]:
+    """The traits of a call that asks for nothing special. "scores": megalm has no kernel for it, and would keep scores."""
+    special = ("dropout",) if dropout else () if _fused(dtype, dims) else ("scores",)
+    return (*special, dims)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
@@ -81,7 +87,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: fl
     Raises ValueError for shapes that don't fit, dropout without key and samples, or a backend that can't serve.
     """
     rules = _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax)
-    traits = rules.traits(q.shape[3], v.shape[3], return_lse)
+    traits = rules.traits(q.dtype, dims_trait(q.shape[3], v.shape[3]), return_lse)
     run, _ = choose("attention", backend, Features(q.device.type, q.dtype, traits))
     out, lse = run(q, k, v, rules)
     return (out, lse) if return_lse else out
@@ -101,6 +107,8 @@ def _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dr
             raise ValueError(f"attention documents: {name} must be int32 [b, s] = {(q.shape[1], q.shape[0])}, not {bound.dtype} "
                              f"{tuple(bound.shape)}")
     for name, values in (("slopes", slopes), ("sinks", sinks)):
+        if name == "slopes" and values is not None and values.requires_grad:
+            raise ValueError("attention slopes have no gradient; they are constants")
         if values is not None and values.shape != (q.shape[2],):
             raise ValueError(f"attention {name} must be one number a head, [{q.shape[2]}], not {tuple(values.shape)}")
     left, right = (UNBOUNDED, UNBOUNDED) if window is None else window
@@ -220,6 +228,8 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, 
 
 # What of a call the product of softmax kernel and matrix products can't serve.
 _KERNEL_ONLY = ("softcap", "alibi", "sinks", "lse")
+# Of the kernels, those that need more shared memory than the 99 KB that every GPU since sm_80 gives a block.
+_SHARED_BYTES = {"head_dim=192/128": 128 << 10, "head_dim=256": 160 << 10}
 
 
 def _fused(dtype: torch.dtype, dims: str) -> bool:
@@ -234,6 +244,10 @@ def _megalm_serves(features: Features) -> str | None:
     if reason is None and asked and not _fused(features.dtype, dims):
         known = ", ".join(REGISTRY.table["backends"]["attention"]["megalm"]["kernels"])
         reason = f"{asked[0]} needs an attention kernel: they take bf16 and fp16 with {known}"
+    if reason is None and features.device == "cuda" and dims in _SHARED_BYTES and _fused(features.dtype, dims):
+        given = torch.cuda.get_device_properties().shared_memory_per_block_optin
+        if given < _SHARED_BYTES[dims]:
+            reason = f"the kernel of {dims} needs {_SHARED_BYTES[dims] >> 10} KB of shared memory; this GPU has {given >> 10}"
     return reason
 
 

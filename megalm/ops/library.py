@@ -148,8 +148,10 @@ class Operation:
 
     def count(self, suffix: str, device: torch.device, **values: Any) -> int:
         """What megalm_<name>_<suffix> says of such params."""
+        library = library_for(device)
+        library.entry(self.name, self.struct)  # which compares the sizes: a library of other sources must not read the struct
         with _on(device):
-            return library_for(device).count(f"{self.name}_{suffix}", self.params(**values))
+            return library.count(f"{self.name}_{suffix}", self.params(**values))
 
     def __call__(self, device: torch.device, **values: Any) -> None:
         """Launch on the device's current stream. Raises RuntimeError with CUDA's words where that fails."""

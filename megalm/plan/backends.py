@@ -20,8 +20,10 @@ def intended_backends(config: Config) -> dict[str, str]:
     chosen = {}
     for operation, named in config.kernels.model_dump().items():
         traits = {DTYPES[config.precision.dtype]}
-        if operation == "attention" and config.model.attention_dropout > 0:
-            traits.add("dropout")
+        if operation == "attention":
+            traits |= {"dropout"} if config.model.attention_dropout > 0 else set() if has_attention_kernel(config) else {"scores"}
+        if operation == "norm":
+            traits.add(config.model.normalization)
         if operation == "activation":
             traits.add(config.model.activation)
         chosen[operation] = _first(table, operation, traits) if named == "auto" else named

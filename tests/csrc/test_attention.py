@@ -141,6 +141,18 @@ def test_misaligned_rows_are_copied(shim):
     assert torch.equal(got, expected)
 
 
+def test_a_whole_tensor_that_is_misaligned_is_copied(shim):
+    """Contiguous already, which must not keep the copy from being made."""
+    flat = randn(20 * 64 + 1).to(torch.bfloat16)
+    q = flat[1:].view(20, 1, 1, 64).requires_grad_()
+    out = attention(q, q, q, backend="megalm")
+    grad = randn(20 * 64 + 1, seed=1).to(torch.bfloat16)[1:].view(20, 1, 1, 64)
+    same = q.detach().clone().requires_grad_()
+    expected = attention(same, same, same, backend="megalm")
+    assert torch.equal(out, expected)
+    assert torch.equal(torch.autograd.grad(out, q, grad)[0], torch.autograd.grad(expected, same, grad.clone())[0])
+
+
 def test_what_is_refused(shim):
     q, k, v = tensors()
     for inputs in ([x[..., :48] for x in (q, k, v)], [x.float() for x in (q, k, v)]):

@@ -133,9 +133,10 @@ def saved_with_shim(rank: int, world: int, library: str, sections: dict) -> int:
 
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_layer_keeps_what_the_plan_says(shim_library, qk_norm, attention_dropout):
-    """Rotated in place, queries and keys are kept once; scores and probabilities in the model's dtype."""
-    sections = {"model": {**MODEL, "hidden_size": 256, "seq_length": 128, "activation": "gelu", "ffn_hidden_size": 512,
+@pytest.mark.parametrize("head_dim", [64, 48])
+def test_a_layer_keeps_what_the_plan_says(shim_library, head_dim, qk_norm, attention_dropout):
+    """Rotated in place, queries and keys are kept once; of scores only what no kernel does without, in the model's dtype."""
+    sections = {"model": {**MODEL, "hidden_size": 4 * head_dim, "seq_length": 128, "activation": "gelu", "ffn_hidden_size": 512,
                           "qk_norm": qk_norm, "attention_dropout": attention_dropout},
                 "precision": {"dtype": "bf16"}, "batch": {"micro": 2}, "recompute": {"mode": "none"},
                 "kernels": dict.fromkeys(("attention", "softmax", "rotary"), "megalm")}

@@ -21,7 +21,7 @@ from megalm.tools.gpu.supervise import command
 
 BROKEN = 3  # exit code: the GPU is in error, a new process has to go on
 MANY, DRAWS = 1 << 20, 10  # elements whose largest error is no luck; draws that decide about fewer
-TARGETS = {8: "sm_80", 9: "sm_90a", 10: "sm_100a"}
+TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a"}  # by compute capability; sm_80's PTX serves all others
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "apex", "liger_kernel", "flash_attn", "numpy", "pydantic")
 
 
@@ -122,7 +122,7 @@ def _compile(settings: Settings) -> dict[str, Any]:
         return {"library": settings.shim or str(build_kernels.build_shim(shim_folder(settings)))}
     import torch
 
-    target = TARGETS.get(torch.cuda.get_device_capability()[0], "sm_80")  # whose PTX serves the others
+    target = TARGETS.get(torch.cuda.get_device_capability(), "sm_80")
     about = build_kernels.LIBRARY_FOLDER / build_kernels.ABOUT
     known = json.loads(about.read_text()) if about.exists() else {}
     stale = bool(build_kernels.sources()) and known.get("sources") != build_kernels.sources_digest()

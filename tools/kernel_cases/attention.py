@@ -78,6 +78,8 @@ def small() -> list[Case]:
         _case("one query, many keys", 1, 63, 2, 8, 2),
         _case("fewer queries", 17, 80, 1, 3, 1),
         _case("more queries: some see nothing", 80, 17, 1, 2, 1),
+        _case("keys that no query sees", 20, 200, 1, 2, 1, options=_fixed(window=(10, 0))),
+        _case("blocks of queries that see nothing", 200, 17, 1, 1, 1),
         _case("window", 150, 150, 1, 1, 1, options=_fixed(window=(40, 0))),
         _case("window both ways", 70, 90, 1, 1, 1, options=_fixed(causal=False, window=(9, 5))),
         _case("documents", 140, 140, 1, 2, 1, options=partial(_documents, [1, 63, 2, 70, 4])),

@@ -35,7 +35,7 @@ _RULES = ("Tensor? first, Tensor? last, Tensor? slopes, Tensor? sinks, int left,
 def _fitting(x: Tensor) -> Tensor:
     """x [s, b, heads, d] with 16-byte rows as the kernels read them: a view of a fused projection has them, others are copied."""
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-    return x if fits else x.contiguous()
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _strides(prefix: str, x: Tensor) -> dict[str, int]:
@@ -74,6 +74,8 @@ def _forward(q, k, v, first, last, slopes, sinks, left, right, scale, softcap, s
         return out.zero_(), lse
     q, k, v = (_fitting(x) for x in (q, k, v))
     rules = _rules(q, first, last, slopes, left, right, scale, softcap, samples, dropout, seed, step, layer, op, head_first)
+    if sinks is not None and sinks.device != q.device:
+        raise ValueError(f"attention sinks are on {sinks.device}; they must be on {q.device}")
     sinks = None if sinks is None else sinks.float().contiguous()
     _FORWARD(q.device, q=q, k=k, v=v, sinks=sinks, out=out, lse=lse, **_sizes(q, k, v), **_strides("q", q), **_strides("k", k),
              **_strides("v", v), **_strides("out", out), **rules, dtype=dtype_code(q))
