@@ -1,9 +1,18 @@
-"""How long each part of the suite took, at the end of a session: its time budget is by part."""
+"""For every session: signals as a terminal has them, and at its end how long each part took, as its time budget is by part."""
 
 from __future__ import annotations
 
+import signal
+
 PARTS = {"tests/parity/": "parity", "tests/csrc/": "kernels"}
 REST = "the rest"
+
+
+def pytest_configure() -> None:
+    """What runs the suite may ignore signals (nohup, a shell's background job), which programs under test would inherit."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def part_seconds(durations: list[tuple[str, float]]) -> dict[str, float]:
