@@ -42,6 +42,11 @@ class StopSignal:
         elif number == signal.SIGINT and now - self._first >= SECOND_SIGINT_SECONDS:
             os._exit(128 + number)  # the user insists: no atexit, no collective that might wait for others
 
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._first is not None
+
     def agreed(self, groups: Groups) -> bool:
         """True on every rank once any rank was asked to stop. Collective, once a step."""
-        return groups.any(self._first is not None)
+        return groups.any(self.asked)

@@ -153,7 +153,7 @@ def _signalled(*sent: tuple[int, float], ignored: tuple[int, ...] = (), answers:
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:
                 time.sleep(0.05)
-                if answers and stop.name:
+                if answers and stop.asked:
                     os._exit(7)
         os._exit(0)
     time.sleep(0.3)
