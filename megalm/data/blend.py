@@ -128,6 +128,11 @@ class Dataset:
         part, local = self.locate(index)
         return self.parts[part].tokens(local, out)
 
+    def document_starts(self, index: int) -> np.ndarray:
+        """Where in sample `index` its documents begin, int32 [documents], as PackedSamples has it; no token is read."""
+        part, local = self.locate(index)
+        return self.parts[part].document_starts(local)
+
     def locate(self, index: int) -> tuple[int, int]:
         """(data set, sample of that data set) of sample `index`. Raises IndexError outside [0, num_samples)."""
         if not 0 <= index < self.num_samples:

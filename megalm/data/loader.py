@@ -17,11 +17,13 @@ IGNORED = -100  # a label that doesn't count
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of a rank: b samples of s tokens. Tokens and labels are None on a stage that reads none."""
+    """One micro-batch of a rank: b samples of s tokens. Tokens and labels are None on a stage that reads none, and the bounds of
+    documents where nobody asked for them."""
 
     samples: torch.Tensor  # int64 [b], global sample indices
     tokens: torch.Tensor | None  # int64 [b, s]
     labels: torch.Tensor | None  # int64 [b, s], the next token; -100 doesn't count
+    document_starts: torch.Tensor | None = None  # int32 [b, s], for each token the place in its sample where its document begins
 
 
 class Loader:
@@ -30,10 +32,12 @@ class Loader:
     With `mask_eod` the label after an end-of-document token doesn't count: what comes next is the first token of an unrelated
     document. The end-of-document token itself stays a label (Megatron-LM's eod_mask_loss does the same). Samples past the end of
     the data set, which fill up the last step of an evaluation, have no label that counts.
+
+    With `documents` every stage is told where documents begin, by the sample index: that needs no token.
     """
 
     def __init__(self, dataset: Dataset, *, global_batch: int, micro_batch: int, dp: int, dp_rank: int, needs_tokens: bool,
-                 eod: int | None, mask_eod: bool, prefetch: int = 2, vocab_size: int | None = None):
+                 eod: int | None, mask_eod: bool, documents: bool = False, prefetch: int = 2, vocab_size: int | None = None):
         """`prefetch` global batches are kept ready (0: no thread). Token ids must be below `vocab_size`, if given.
 
         Raises ValueError if the batch can't be divided so, or mask_eod has no token to go by.
@@ -42,7 +46,7 @@ class Loader:
             raise ValueError("data.mask_eod needs an end-of-document token, and the tokenizer has none: name it as tokenizer.eod")
         self.dataset, self.prefetch, self.vocab_size = dataset, prefetch, vocab_size
         self.eod = eod if mask_eod else None
-        self.needs_tokens = needs_tokens
+        self.needs_tokens, self.documents = needs_tokens, documents
         self.global_batch = global_batch
         self._split = {"global_batch": global_batch, "micro_batch": micro_batch, "dp": dp, "dp_rank": dp_rank}
         sample_indices(0, **self._split)  # a wrong rank is an error here, not in the thread
@@ -75,8 +79,6 @@ class Loader:
     def read(self, first: int) -> list[MicroBatch]:
         """The same, read now and by the caller."""
         indices = sample_indices(first, **self._split)  # [accumulation steps, b]
-        if not self.needs_tokens:
-            return [MicroBatch(torch.from_numpy(row.copy()), None, None) for row in indices]
         return [self._micro_batch(row) for row in indices]
 
     def close(self) -> None:
@@ -92,8 +94,11 @@ class Loader:
         self.close()
 
     def _micro_batch(self, indices: np.ndarray) -> MicroBatch:
-        block = np.zeros((len(indices), self.dataset.seq_length + 1), np.int64)  # [b, s + 1]
         missing = indices >= self.dataset.num_samples
+        starts = self._document_starts(indices, missing) if self.documents else None
+        if not self.needs_tokens:
+            return MicroBatch(torch.from_numpy(indices.copy()), None, None, starts)
+        block = np.zeros((len(indices), self.dataset.seq_length + 1), np.int64)  # [b, s + 1]
         for row in np.flatnonzero(~missing):
             self.dataset.tokens(int(indices[row]), out=block[row])
         self._check(block, indices)
@@ -101,7 +106,16 @@ class Loader:
         if self.eod is not None:
             labels[tokens == self.eod] = IGNORED
         labels[missing] = IGNORED
-        return MicroBatch(torch.from_numpy(indices.copy()), torch.from_numpy(tokens), torch.from_numpy(labels))
+        return MicroBatch(torch.from_numpy(indices.copy()), torch.from_numpy(tokens), torch.from_numpy(labels), starts)
+
+    def _document_starts(self, indices: np.ndarray, missing: np.ndarray) -> torch.Tensor:
+        """int32 [b, s]; a sample past the end is one document."""
+        length = self.dataset.seq_length
+        found = np.zeros((len(indices), length), np.int32)
+        for row in np.flatnonzero(~missing):
+            starts = self.dataset.document_starts(int(indices[row]))
+            found[row] = np.repeat(starts, np.diff(starts, append=length))
+        return torch.from_numpy(found)
 
     def _check(self, block: np.ndarray, indices: np.ndarray) -> None:
         """A model doesn't notice a token past its vocabulary on every device; a data set of another tokenizer is caught here."""

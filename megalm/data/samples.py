@@ -9,6 +9,7 @@ samples of a shorter one.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,15 +108,27 @@ class PackedSamples:
 
     def tokens(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
         """The token ids of one sample, int64 [seq_length + 1], written to `out` if given."""
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"sample {index} of {self.prefix}, which was built for {self.num_samples}")
         out = np.empty(self.seq_length + 1, np.int64) if out is None else out
         flat = self.reader.flat
-        place, offset, done = int(self._places[index]), int(self._offsets[index]), 0
-        while done < len(out):
-            document = self._documents[place]
-            start = int(self._starts[document]) + offset
-            take = min(int(self._lengths[document]) - offset, len(out) - done)
+        for done, start, take in self._pieces(index, len(out)):
             out[done:done + take] = flat[start:start + take]
-            done, place, offset = done + take, place + 1, 0
         return out
+
+    def document_starts(self, index: int) -> np.ndarray:
+        """Where in its seq_length input tokens a sample's documents begin: int32 [documents], from 0 on, in order.
+
+        The first is what the sample has of a document that may have begun before. Reads the index and no token. A document
+        that follows itself, in another epoch, is another one.
+        """
+        return np.fromiter((done for done, _, _ in self._pieces(index, self.seq_length)), np.int32)
+
+    def _pieces(self, index: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(place in the sample, place in the data set, tokens) of each document's piece of the first `length` tokens."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.prefix}, which was built for {self.num_samples}")
+        place, offset, done = int(self._places[index]), int(self._offsets[index]), 0
+        while done < length:
+            document = self._documents[place]
+            take = min(int(self._lengths[document]) - offset, length - done)
+            yield done, int(self._starts[document]) + offset, take
+            done, place, offset = done + take, place + 1, 0

@@ -99,6 +99,33 @@ def test_a_stage_that_needs_no_tokens(dataset):
     assert loader_threads() == []
 
 
+def test_every_stage_is_told_where_documents_begin(tmp_path, monkeypatch):
+    """Blended data sets, and a last batch that runs past the end; a stage without tokens reads the index only."""
+    prefixes = [numbered(tmp_path / name, lengths, 1000 * index)
+                for index, (name, lengths) in enumerate({"a": [5, 3, 11], "b": [40, 1]}.items())]
+    dataset = build_dataset([Source(str(path), weight) for path, weight in zip(prefixes, (2.0, 1.0), strict=True)],
+                            12, 29, 1, None)
+    options = {**OPTIONS, "documents": True}
+    with Loader(dataset, **options) as loader:
+        ends = {first: loader.batch(first) for first in loader.starts}
+    # From here on nobody may read a token.
+    monkeypatch.setattr(type(dataset), "tokens", lambda *arguments: pytest.fail("a middle stage read tokens"))
+    for first, batches in ends.items():
+        for end, middle in zip(batches, Loader(dataset, **{**options, "needs_tokens": False}).batch(first), strict=True):
+            assert middle.tokens is None and torch.equal(middle.document_starts, end.document_starts)
+            assert end.document_starts.dtype == torch.int32 and end.document_starts.is_contiguous()
+            rows = zip(end.samples.tolist(), end.tokens.tolist(), end.document_starts.tolist(), strict=True)
+            for sample, tokens, starts in rows:
+                if sample >= 29:
+                    assert starts == [0] * 12
+                    continue
+                jumps = [0, *(place for place in range(1, 12) if tokens[place] != tokens[place - 1] + 1)]
+                # Documents are numbered on end to end: where one follows its left neighbour, only the index says so.
+                assert set(jumps) <= set(starts) == set(np.unique(starts)) and starts == sorted(starts)
+                assert set(starts) == set(dataset.document_starts(sample).tolist())
+    assert Loader(dataset, **{**OPTIONS, "needs_tokens": False}).batch(0)[0].document_starts is None
+
+
 def test_an_error_reaches_the_consumer_at_its_step():
     loader = Loader(Broken(), **{**OPTIONS, "dp": 1, "dp_rank": 0}, prefetch=3)
     assert loader.batch(0) and loader.batch(8)

@@ -111,6 +111,36 @@ def test_documents_of_several_sequences_stay_whole(tmp_path):
     assert len(breaks) and (breaks % 30 == 29).all()
 
 
+def breaks(tokens: np.ndarray) -> list[int]:
+    """Where a sample of numbered documents jumps, by its tokens alone."""
+    return [0, *(np.flatnonzero(np.diff(tokens) != 1) + 1).tolist()]
+
+
+def test_document_starts_are_where_the_tokens_say(tmp_path):
+    """Documents of every length, empty ones too, over two epochs; each has its own numbers, not following its neighbour's."""
+    lengths, first = [1, 7, 0, 30, 2, 100, 1, 0, 12, 5], 0
+    documents = []
+    for length in lengths:
+        documents.append(np.arange(first, first + length))
+        first += length + 1
+    samples = PackedSamples(write(tmp_path / "a", documents, np.int32), 20, 15, 3, None)
+    expected = [breaks(samples.tokens(i)[:-1]) for i in range(15)]
+    samples.reader = None  # no token can be read any more
+    found = [samples.document_starts(i) for i in range(15)]
+    assert [starts.tolist() for starts in found] == expected and max(map(len, found)) > 4
+    assert all(starts.dtype == np.int32 for starts in found)
+    with pytest.raises(IndexError, match="sample 15 of .* built for 15"):
+        samples.document_starts(15)
+
+
+def test_a_document_that_follows_itself_is_another_one(tmp_path):
+    """The only document of a data set, epoch after epoch: its own start is a boundary, though nothing but the index says so."""
+    samples = PackedSamples(write(tmp_path / "a", [[5] * 6]), 10, 9, 1, None)
+    for i in range(9):
+        starts = samples.document_starts(i).tolist()
+        assert 1 <= starts[1] <= 6 and starts == [0, *range(starts[1], 10, 6)]
+
+
 def test_out_of_range_and_empty(tmp_path):
     samples = PackedSamples(numbered(tmp_path / "a", [10, 10]), 4, 3, 1, None)
     with pytest.raises(IndexError, match="sample 3 of .* built for 3"):
