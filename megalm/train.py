@@ -164,7 +164,8 @@ def _loaders(config: Config, groups: Groups, tokenizer: Tokenizer, source: Sourc
         dataset = groups.agreed(lambda: build_dataset(*arguments))
         return Loader(dataset, global_batch=global_batch, micro_batch=plan.micro_batch, dp=plan.dp,
                       dp_rank=groups.place.dp, needs_tokens=groups.place.pp in (0, plan.pp - 1), eod=tokenizer.eod,
-                      mask_eod=data.mask_eod, vocab_size=tokenizer.vocab_size)
+                      mask_eod=data.mask_eod, documents=data.document_mask or data.reset_positions,
+                      vocab_size=tokenizer.vocab_size)
 
     samples = source.consumed + (config.train.steps - source.step) * plan.global_batch
     training = loader(data.train, samples, plan.global_batch)

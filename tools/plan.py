@@ -94,7 +94,7 @@ def describe(config: Config, plan: Plan, nodes: int, gpus_per_node: int) -> dict
         "nodes": nodes, "gpus_per_node": gpus_per_node, "plan": {**plan.to_dict(), "notes": notes},
         "parameters": model_size(config, plan), "tokens_per_step": plan.global_batch * config.model.seq_length,
         "flops_per_token": flops.per_token(config, plan.padded_vocab_size),
-        "flops_per_token_executed": flops.per_token_executed(config, plan.padded_vocab_size),
+        "flops_per_token_executed": flops.per_token_executed(config, plan.padded_vocab_size, plan.backends["attention"]),
         "stages": stages, "ranks": [list(plan.place(rank)) for rank in range(plan.world_size)]}
 
 

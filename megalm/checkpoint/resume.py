@@ -13,7 +13,7 @@ from megalm.checkpoint.format import CHECKPOINTS, TOKENIZER, CheckpointError, re
 
 CHECKED = ("model", "data", "tokenizer", "optimizer", "batch.global", "train.seed", "train.z_loss", "train.label_smoothing")
 """Settings that shape the numbers; a resume with others isn't the same run."""
-NEWER = {"train.z_loss": 0.0, "train.label_smoothing": 0.0}
+NEWER = {"train.z_loss": 0.0, "train.label_smoothing": 0.0, "data.document_mask": False, "data.reset_positions": False}
 """What those that a checkpoint may be older than were in its run."""
 FREE = ("model.vocab_multiple", "data.cache", "tokenizer.path")
 """Among these, the ones that don't: padding never wins a logit, a cache can lie anywhere, and of a tokenizer's file the

@@ -149,7 +149,7 @@ class Precision(Section):
 class Recompute(Section):
     """What the backward pass computes again rather than keeps."""
     mode: Literal["none", "selective", "full"] = "none"
-    """selective recomputes the attention core in the backward pass, full each whole layer."""
+    """selective recomputes attention's core where its backend keeps scores of s x s (a fused one doesn't), full each layer."""
 
 
 class Optimizer(Section):
@@ -211,7 +211,11 @@ class Data(Section):
     seed: Natural | None = None
     """Of the order of samples; default: train.seed."""
     mask_eod: bool = False
-    """Leave the end-of-document token out of the loss."""
+    """Leave what follows an end-of-document token, another document, out of the loss (Megatron-LM: --eod-mask-loss)."""
+    document_mask: bool = False
+    """No token attends to another document, by the index's boundaries (Megatron-LM: --reset-attention-mask, by tokens)."""
+    reset_positions: bool = False
+    """Positions, learned or rotary, count from 0 in each document (Megatron-LM: --reset-position-ids)."""
     cache: Text | None = None
     """Folder of the sample indices; default: beside the data, else train.dir."""
 

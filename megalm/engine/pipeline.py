@@ -79,12 +79,13 @@ class StageEngine(FrugalReduction, PipelineEngine):
         """What the instructions need, beyond what DeepSpeed's constructor takes."""
         self._groups, self._context = groups, context
         self._partial = [p for p in self.module.parameters() if declared(p).kind is Kind.PARTIAL]
-        self._places: Iterator[tuple[int, Tensor]] = iter(())
+        self._places: Iterator[tuple[int, Tensor, Tensor | None]] = iter(())
         self._before_step: Callable[[], bool] | None = None
 
     def begin(self, step: int, batches: Sequence[MicroBatch], before_step: Callable[[], bool] | None) -> None:
         # Under 1F1B and under the inference schedule alike a stage runs its forwards in the order 0, 1, 2, ...
-        self._places = iter([(step, batch.samples.to(self._groups.device, non_blocking=True)) for batch in batches])
+        self._places = iter([(step, batch.samples.to(self._groups.device, non_blocking=True), batch.document_starts)
+                             for batch in batches])
         self._before_step = before_step
 
     def _exec_forward_pass(self, buffer_id: int) -> None:

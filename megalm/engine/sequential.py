@@ -71,7 +71,7 @@ class Sequential:
         engine.train()
         total = torch.zeros((), dtype=torch.float32, device=device)
         for index, batch in enumerate(batches):
-            self._context.set(step, batch.samples.to(device, non_blocking=True))
+            self._context.set(step, batch.samples.to(device, non_blocking=True), batch.document_starts)
             loss = engine(batch.tokens.to(device), batch.labels.to(device), scale)
             engine.backward(loss)
             total += loss.detach()
@@ -98,5 +98,6 @@ class Sequential:
         engine.eval()
         total = torch.zeros((), dtype=torch.float32, device=device)
         for batch in batches:
+            self._context.set(0, batch.samples.to(device, non_blocking=True), batch.document_starts)
             total += engine(batch.tokens.to(device), batch.labels.to(device), scale)
         return self._groups.sum_over_dp(total)

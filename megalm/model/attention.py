@@ -72,21 +72,22 @@ class SelfAttention(nn.Module):
         self.key_norm = Norm(f"{name}.key_norm", size, build, partial=True) if model.qk_norm else None
         self.projection = RowParallelLinear(f"{name}.projection", hidden, query, **{**options, "std": build.residual_std})
         self.tables = build.rotary_tables if model.position_embedding == "rotary" else None
+        self.recomputes = build.recomputes_scores
 
     def forward(self, x: Tensor, place: Place | None) -> Tensor:
-        query, key, value = self._project(x)  # [s/tp or s, b, h] -> [s, b, H/tp or G/tp, d]
-        if self.build.config.recompute.mode == "selective" and torch.is_grad_enabled():
+        query, key, value = self._project(x, self.build.positions(place))  # [s/tp or s, b, h] -> [s, b, H/tp or G/tp, d]
+        if self.recomputes and torch.is_grad_enabled():
             context = checkpoint(self._core, query, key, value, place, use_reentrant=False, preserve_rng_state=False)
         else:
             context = self._core(query, key, value, place)
         return self.projection(context.flatten(2))  # [s, b, h/tp] -> [s/tp or s, b, h]
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size, backend = self.build.config.model.head_dim, self.build.config.kernels.rotary
+    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        size, options = self.build.config.model.head_dim, dict(positions=positions, backend=self.build.config.kernels.rotary)
         if self.shared is None:
             qkv = self.qkv(x)  # -> [s, b, (H + 2G) d/tp]
             if self.tables is not None and self.query_norm is None:
-                return rotary_qkv(qkv, self.heads, self.groups, *self.tables, backend=backend)
+                return rotary_qkv(qkv, self.heads, self.groups, *self.tables, **options)
             query, key, value = qkv.split([self.heads * size, self.groups * size, self.groups * size], dim=-1)
         else:
             # One f for both: the input gradients of this rank's query and of its key and value are summed before it.
@@ -97,17 +98,18 @@ class SelfAttention(nn.Module):
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.tables is not None:
-            query, key = (rotary(part, *self.tables, backend=backend) for part in (query, key))
+            query, key = (rotary(part, *self.tables, **options) for part in (query, key))
         return query, key, value
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, place: Place | None) -> Tensor:
-        """softmax(q k^T / sqrt d) v: [s, b, H/tp, d] -> [s, b, H/tp, d]."""
+        """softmax(q k^T / sqrt d) v, within documents where data.document_mask says so: [s, b, H/tp, d] -> [s, b, H/tp, d]."""
         config = self.build.config
         dropout = config.model.attention_dropout if self.training else 0.0
         keyed = dropout > 0.0
         assert not keyed or place is not None, "dropout without a step context"
         return attention(
-            query, key, value, causal=True, dropout=dropout, backend=config.kernels.attention, softmax=config.kernels.softmax,
+            query, key, value, causal=True, documents=self.build.documents(place), dropout=dropout,
+            backend=config.kernels.attention, softmax=config.kernels.softmax,
             key=DropoutKey(place.seed, place.step, self.number, ATTENTION_SCORES) if keyed else None,
             samples=place.samples if keyed else None,
             heads=(*self.tp.share(config.model.num_attention_heads), config.model.num_attention_heads))

@@ -13,9 +13,10 @@ from megalm.config import Config, ConfigError
 
 # Each registers its backends.
 from megalm.ops import activation, attention, cross_entropy, dropout, norm, rotary, softmax  # noqa: F401
-from megalm.ops.registry import REGISTRY, Features, choose
+from megalm.ops.registry import Features, choose_name
 from megalm.parallel.groups import TensorParallel
-from megalm.parallel.random import StepContext
+from megalm.parallel.random import Place, StepContext
+from megalm.plan.backends import attention_traits, keeps_scores
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,6 +41,30 @@ class Build:
         """That of the two projections that write to the residual stream (Radford et al., GPT-2, 2019, section 2.3)."""
         return self.std / math.sqrt(2 * self.config.model.num_layers)
 
+    def documents(self, place: Place | None) -> attention.Documents | None:
+        """The bounds that data.document_mask asks for; None beside a step, as in generation."""
+        if place is None or not self.config.data.document_mask:
+            return None
+        assert place.documents is not None, "data.document_mask without the micro-batch's documents"
+        return place.documents
+
+    def positions(self, place: Place | None) -> Tensor | None:
+        """int64 [s, b] where data.reset_positions asks for it; None: 0, 1, ..., s - 1."""
+        if place is None or not self.config.data.reset_positions:
+            return None
+        assert place.positions is not None, "data.reset_positions without the micro-batch's documents"
+        return place.positions
+
+    @cached_property
+    def recomputes_scores(self) -> bool:
+        """Whether recompute.mode selective has anything to do: the backend that attention takes here keeps scores."""
+        config = self.config
+        if config.recompute.mode != "selective":
+            return False
+        features = Features(self.device.type, self.dtype, attention_traits(config))
+        backend, _ = choose_name("attention", config.kernels.attention, features)
+        return keeps_scores(config, backend, self.device.type)
+
     @cached_property
     def rotary_tables(self) -> tuple[Tensor, Tensor]:
         """(cos, sin) [s, d/2] of all positions, which every layer shares."""
@@ -52,12 +77,6 @@ def layer_number(index: int, build: Build) -> int | Tensor:
     return torch.tensor(index) if build.config.train.compile else index
 
 
-def attention_traits(config: Config) -> tuple[str, ...]:
-    """What the model's attention asks of a backend."""
-    dims = attention.dims_trait(config.model.head_dim, config.model.head_dim)
-    return attention.plain_traits(DTYPES[config.precision.dtype], dims, config.model.attention_dropout > 0)
-
-
 def choose_kernels(config: Config, device: torch.device) -> dict[str, str]:
     """{operation: its backend and why}, settled before any layer is built.
 
@@ -68,11 +87,10 @@ def choose_kernels(config: Config, device: torch.device) -> dict[str, str]:
               "norm": (config.model.normalization,)}
     for op, name in config.kernels.model_dump().items():
         try:
-            run, reason = choose(op, name, Features(device.type, DTYPES[config.precision.dtype], traits.get(op, ())))
+            backend, reason = choose_name(op, name, Features(device.type, DTYPES[config.precision.dtype], traits.get(op, ())))
         except ValueError as error:
             problems.append(str(error))
             continue
-        backend = next(backend.name for backend in REGISTRY.backends[op].values() if backend.run is run)
         chosen[op] = f"{backend}, {reason}"
     if problems:
         raise ConfigError(problems)

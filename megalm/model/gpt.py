@@ -8,6 +8,7 @@ output projection and the cross entropy can be one operation.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,7 +45,10 @@ class Position(nn.Module):
         tp, length = self.build.tp, hidden.shape[0]
         if self.weight is not None:
             first = tp.rank * length if tp.shards_sequence else 0
-            hidden = hidden + use(self.weight, tp)[first:first + length].unsqueeze(1)  # [s/tp or s, b, h] + [s/tp or s, 1, h]
+            mine, positions = slice(first, first + length), self.build.positions(self.build.context.place)
+            weight = use(self.weight, tp)
+            # [s/tp or s, b, h] + [s/tp or s, 1, h], or [s/tp or s, b, h] where each sample has positions of its own
+            hidden = hidden + (weight[mine].unsqueeze(1) if positions is None else F.embedding(positions[mine], weight))
         probability = self.build.config.model.dropout
         if self.training and probability > 0.0:
             place, backend = self.build.context.place, self.build.config.kernels.dropout

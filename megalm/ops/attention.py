@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -28,14 +30,24 @@ from megalm.ops.softmax import scaled_masked_softmax
 UNBOUNDED = -1
 
 
+class Documents(NamedTuple):
+    """Which keys each query may see for the sake of its document: those in [first[b, i], last[b, i])."""
+
+    first: Tensor | None        # [b, s], int32; never decreases with i
+    last: Tensor | None         # the same; None: up to the end, which is right where causal bounds it
+    # Tokens of each sequence's documents, queries and keys alike, where the host knows them; they say what first and last say.
+    lengths: tuple[tuple[int, ...], ...] | None = None
+
+
 class Rules(NamedTuple):
     """What a call asks for besides q, k and v. With offset = s_k - s, query i sees keys from i + offset - left to
     i + offset + right (UNBOUNDED: no bound) that are in [first[b, i], last[b, i])."""
 
     left: int
     right: int
-    first: Tensor | None        # [b, s], int32; never decreases with i
+    first: Tensor | None        # as in Documents
     last: Tensor | None
+    lengths: tuple[tuple[int, ...], ...] | None
     scale: float
     softcap: float              # softcap tanh(score / softcap), 0: none (Gemma 2, 2024)
     slopes: Tensor | None       # [H], fp32: slopes[h] (j - i - offset) is added (ALiBi, Press et al., 2022)
@@ -50,7 +62,7 @@ class Rules(NamedTuple):
         """What a backend may not be able to do, or had better not, as the registry's table has it."""
         asked = {"softcap": self.softcap > 0.0, "alibi": self.slopes is not None, "sinks": self.sinks is not None, "lse": lse,
                  "documents": self.first is not None or self.last is not None,
-                 "masked": not self.causal_only and _fused(dtype, dims)}
+                 "masked": not self.causal_only and self.dropout == 0.0 and _fused(dtype, dims)}
         return (*(name for name, is_asked in asked.items() if is_asked), *plain_traits(dtype, dims, self.dropout > 0.0))
 
     @property
@@ -71,19 +83,19 @@ def plain_traits(dtype: torch.dtype, dims: str, dropout: bool) -> tuple[str, ...
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
-              window: tuple[int, int] | None = None, documents: tuple[Tensor, Tensor] | None = None, softcap: float = 0.0,
-              slopes: Tensor | None = None, sinks: Tensor | None = None, dropout: float = 0.0, key: DropoutKey | None = None,
-              samples: Tensor | None = None, heads: tuple[int, int, int] | None = None, return_lse: bool = False,
-              backend: str = "auto", softmax: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+              window: tuple[int, int] | None = None, documents: Documents | tuple[Tensor, Tensor] | None = None,
+              softcap: float = 0.0, slopes: Tensor | None = None, sinks: Tensor | None = None, dropout: float = 0.0,
+              key: DropoutKey | None = None, samples: Tensor | None = None, heads: tuple[int, int, int] | None = None,
+              return_lse: bool = False, backend: str = "auto", softmax: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v: q [s, b, H, d], k [s_k, b, G, d], v [s_k, b, G, e], strided views too -> [s, b, H, e].
 
     scale: default d ** -0.5. window: (keys before, keys after) the query's own place that it sees, UNBOUNDED for no bound; causal
-    narrows `after` to 0. documents: int32 bounds [b, s] of the keys that each query may see (`document_bounds`). softcap, slopes,
-    sinks: see Rules. dropout: share of probabilities dropped, by the mask of (key, samples); `heads` = (start, stop, full) are
-    this rank's heads among all (default: it has all); `megalm` and `reference` draw the same mask under every layout, `torch`
-    and `flash_attn` their own. return_lse: also the natural logarithm of each row's sum of exponentials, fp32 [b, H, s], -inf
-    where a query sees nothing: what parts of an attention are merged by. softmax: the backend of the softmax of scores, where
-    `megalm` has no kernel of the whole.
+    narrows `after` to 0. documents: bounds of the keys that each query may see (`packed_documents`, `document_bounds`). softcap,
+    slopes, sinks: see Rules. dropout: share of probabilities dropped, by the mask of (key, samples); `heads` = (start, stop,
+    full) are this rank's among all (default: it has all); `megalm` and `reference` draw the same mask under every layout,
+    `torch` and `flash_attn` their own. return_lse: also the natural logarithm of each row's sum of exponentials, fp32 [b, H, s],
+    -inf where a query sees nothing: what parts of an attention are merged by. softmax: the backend of the softmax of scores,
+    where `megalm` has no kernel of the whole.
     Raises ValueError for shapes that don't fit, dropout without key and samples, or a backend that can't serve.
     """
     rules = _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax)
@@ -101,7 +113,10 @@ def _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dr
         raise ValueError(f"attention dropout {dropout} needs a key and the sample indices")
     if softcap < 0.0:
         raise ValueError(f"attention softcap must be positive, or 0 for none, not {softcap}")
-    first, last = (None, None) if documents is None else documents
+    first, last, lengths = Documents(*(documents or (None, None)))
+    if lengths is not None and not (len(lengths) == q.shape[1] and {*map(sum, lengths)} == {q.shape[0], k.shape[0]}):
+        raise ValueError(f"attention documents of lengths {lengths} don't fill {q.shape[1]} sequences of {q.shape[0]} queries "
+                         f"and {k.shape[0]} keys")
     for name, bound in (("first", first), ("last", last)):
         if bound is not None and (bound.shape != (q.shape[1], q.shape[0]) or bound.dtype != torch.int32):
             raise ValueError(f"attention documents: {name} must be int32 [b, s] = {(q.shape[1], q.shape[0])}, not {bound.dtype} "
@@ -116,8 +131,17 @@ def _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dr
     if dropout == 0.0:
         key = samples = None
     heads = (0, q.shape[2], q.shape[2]) if heads is None else heads
-    return Rules(left, 0 if causal else right, first, last, scale, softcap, slopes, sinks, dropout, key, samples, heads,
+    return Rules(left, 0 if causal else right, first, last, lengths, scale, softcap, slopes, sinks, dropout, key, samples, heads,
                  softmax)
+
+
+def packed_documents(starts: Tensor, device: torch.device) -> Documents:
+    """The documents of b packed samples, for causal attention, on `device`: starts int32 [b, s], on the host, says for each token
+    where in its sample its document begins."""
+    places = torch.arange(starts.shape[1] + 1, dtype=starts.dtype)
+    begins = torch.cat((starts, places[-1:].expand(len(starts), 1)), dim=1) == places                   # [b, s + 1]
+    lengths = tuple(tuple(row.nonzero().flatten().diff().tolist()) for row in begins)
+    return Documents(starts.to(device, non_blocking=True), None, lengths)
 
 
 def document_bounds(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -186,6 +210,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, T
 def _torch(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, None]:
     s, s_k = q.shape[0], k.shape[0]
     causal = rules.right == 0
+    if rules.lengths is not None and causal and rules.left < 0:
+        return _by_document(q, k, v, rules), None
     if rules.causal_only and causal and s > s_k:   # the first queries see nothing
         seen, _ = _torch(q[s - s_k:], k, v, rules)
         return torch.cat((seen.new_zeros(s - s_k, *seen.shape[1:]), seen)), None
@@ -199,16 +225,37 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, None]
     query, keys, values = (x.permute(1, 2, 0, 3) for x in (q, k, v))           # views [b, heads, s, d]
     options = dict(attn_mask=mask, is_causal=mask is None and causal and s > 1, scale=rules.scale,
                    enable_gqa=q.shape[2] != k.shape[2])
-    if rules.dropout == 0.0:
-        context = F.scaled_dot_product_attention(query, keys, values, **options)
-    else:
-        devices = [q.device] if q.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(_call_seed(rules))
-            context = F.scaled_dot_product_attention(query, keys, values, dropout_p=rules.dropout, **options)
+    with _seeded(rules, q.device):
+        context = F.scaled_dot_product_attention(query, keys, values, dropout_p=rules.dropout, **options)
     if dead is not None and not rules.causal_only:
         context = context.masked_fill(dead, 0.0)
     return context.permute(2, 0, 1, 3), None                                   # [b, H, s, e] -> [s, b, H, e]
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
+    """Each document by a causal call of its own: without a mask of s x s, and without the work that it would throw away.
+
+    Split, not sliced: the gradients of the parts are then put together once instead of added up.
+    """
+    contexts, grouped = [], q.shape[2] != k.shape[2]
+    with _seeded(rules, q.device):
+        for *sequence, lengths in zip(q.unbind(1), k.unbind(1), v.unbind(1), rules.lengths, strict=True):
+            for parts in zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in sequence), strict=True):
+                context = F.scaled_dot_product_attention(*parts, dropout_p=rules.dropout, is_causal=parts[0].shape[2] > 1,
+                                                         scale=rules.scale, enable_gqa=grouped)           # [1, H, length, e]
+                contexts.append(context[0].transpose(0, 1))
+    return torch.cat(contexts).unflatten(0, (q.shape[1], q.shape[0])).transpose(0, 1)                     # [b s, H, e] ->
+
+
+@contextmanager
+def _seeded(rules: Rules, device: torch.device) -> Iterator[None]:
+    """Torch's own generator as a function of the call, where it is needed."""
+    if rules.dropout == 0.0:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(_call_seed(rules))
+        yield
 
 
 def _call_seed(rules: Rules) -> int:

@@ -98,11 +98,14 @@ class Registry:
         return next((key for key in (kind, device) if op in measured.get(key, {})), None)
 
     def candidates(self, op: str, features: Features) -> Iterator[tuple[Backend, str | None]]:
-        """Backends in the order in which `auto` tries them, each with the reason why it is passed over; None: it is taken."""
-        for name in self.order(op, features.device):
-            if name in self.backends[op]:
-                backend = self.backends[op][name]
-                yield backend, backend.supports(features) or _first_reason(backend.avoid, features)
+        """Backends in the order in which `auto` tries them, each with the reason why it is passed over; None: it may be taken.
+
+        Where every one that serves is avoided, the first of them is taken all the same.
+        """
+        known = [self.backends[op][name] for name in self.order(op, features.device) if name in self.backends[op]]
+        reasons = [backend.supports(features) or _first_reason(backend.avoid, features) for backend in known]
+        spare = None if None in reasons else next((backend for backend in known if backend.supports(features) is None), None)
+        yield from ((backend, None if backend is spare else reason) for backend, reason in zip(known, reasons, strict=True))
 
     def _choose(self, op: str, name: str, features: Features) -> tuple[Backend, str]:
         backends = self.backends[op]
@@ -134,7 +137,12 @@ def choose(op: str, name: str, features: Features) -> tuple[Any, str]:
     return REGISTRY.choose(op, name, features)
 
 
+def choose_name(op: str, name: str, features: Features) -> tuple[str, str]:
+    """(name of the chosen backend, reason). Raises as `choose`."""
+    run, reason = REGISTRY.choose(op, name, features)
+    return next(backend.name for backend in REGISTRY.backends[op].values() if backend.run is run), reason
+
+
 @torch.compiler.assume_constant_result
 def _choice_while_tracing(op: str, name: str, device: str, dtype: torch.dtype, traits: tuple[str, ...]) -> tuple[str, str]:
-    run, reason = REGISTRY.choose(op, name, Features(device, dtype, traits))
-    return next(backend.name for backend in REGISTRY.backends[op].values() if backend.run is run), reason
+    return choose_name(op, name, Features(device, dtype, traits))

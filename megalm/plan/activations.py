@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from megalm.config import Config
 
-from .backends import has_attention_kernel
+from .backends import keeps_scores
 from .plan import Plan
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -44,7 +44,8 @@ def layer_activations(config: Config, plan: Plan, recompute: str) -> int:
         total += query + key                                # normalised or rotated: values keep the fused projection alive
     total += query                                          # context, the projection's input
     total += (3 if model.gated else 2) * tokens * model.ffn_hidden_size // tp * width
-    return total + (_attention_core(config, plan) if recompute == "none" else 0)
+    again = recompute == "selective" and keeps_scores(config, plan.backends["attention"])
+    return total + (0 if again else _attention_core(config, plan))
 
 
 def _query_and_key(config: Config, plan: Plan) -> tuple[int, int]:
@@ -59,7 +60,7 @@ def _attention_core(config: Config, plan: Plan) -> int:
     that is not the input's) and the probabilities, again after dropout or beside what the reference's softmax keeps."""
     model, heads = config.model, config.model.num_attention_heads // plan.tp
     rows, backend = plan.micro_batch * heads * model.seq_length, plan.backends["attention"]
-    if backend not in ("megalm", "reference") or backend == "megalm" and has_attention_kernel(config):
+    if not keeps_scores(config, backend):
         return rows * 4
     query, key = _query_and_key(config, plan)
     width = WIDTH[config.precision.dtype]

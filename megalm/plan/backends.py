@@ -21,7 +21,7 @@ def intended_backends(config: Config) -> dict[str, str]:
     for operation, named in config.kernels.model_dump().items():
         traits = {DTYPES[config.precision.dtype]}
         if operation == "attention":
-            traits |= {"dropout"} if config.model.attention_dropout > 0 else set() if has_attention_kernel(config) else {"scores"}
+            traits |= {*attention_traits(config)}
         if operation == "norm":
             traits.add(config.model.normalization)
         if operation == "activation":
@@ -30,10 +30,33 @@ def intended_backends(config: Config) -> dict[str, str]:
     return chosen
 
 
+def attention_traits(config: Config) -> tuple[str, ...]:
+    """What the model's attention asks of a backend: the traits that its calls have (ops/attention.py, Rules.traits)."""
+    fused, dropout, documents = has_attention_kernel(config), config.model.attention_dropout > 0, config.data.document_mask
+    asked = {"documents": documents, "masked": documents and fused and not dropout, "dropout": dropout,
+             "scores": not fused and not dropout}
+    return (*(trait for trait, is_asked in asked.items() if is_asked), _head_dim(config))
+
+
+def keeps_scores(config: Config, backend: str, device: str | None = None) -> bool:
+    """Whether this backend of attention keeps scores of s x s for the backward pass: what recompute.mode selective saves.
+
+    `device`: its type, where it is known. The model and the plan both go by this.
+    """
+    words = {*attention_traits(config), DTYPES[config.precision.dtype], device}
+    words |= set() if has_attention_kernel(config) else {"unfused"}
+    kept = _table().get("backends", {}).get("attention", {}).get(backend, {}).get("keeps_scores", [])
+    return any(words.issuperset(kind) for kind in kept)
+
+
 def has_attention_kernel(config: Config) -> bool:
     """Whether csrc has a kernel of the whole attention for this precision and head dim, which keeps no scores."""
     known = _table().get("backends", {}).get("attention", {}).get("megalm", {}).get("kernels", [])
-    return config.precision.dtype != "fp32" and f"head_dim={config.model.head_dim}" in known
+    return config.precision.dtype != "fp32" and _head_dim(config) in known
+
+
+def _head_dim(config: Config) -> str:
+    return f"head_dim={config.model.head_dim}"
 
 
 def _table() -> dict[str, Any]:
@@ -42,10 +65,11 @@ def _table() -> dict[str, Any]:
 
 
 def _first(table: dict[str, Any], operation: str, traits: set[str]) -> str:
-    """The first backend of the operation's order that neither lacks nor avoids one of the traits."""
-    capabilities = table.get("backends", {}).get(operation, {})
-    for name in table.get(operation, []):
-        reasons = capabilities.get(name, {})
-        if not traits & {*reasons.get("cannot", {}), *reasons.get("avoid", {})}:
-            return name
-    return "auto"
+    """The first backend of the order that neither lacks nor avoids one of the traits, else the first that lacks none."""
+    capabilities, order = table.get("backends", {}).get(operation, {}), table.get(operation, [])
+
+    def free_of(name: str, *kinds: str) -> bool:
+        return not any(traits & {*capabilities.get(name, {}).get(kind, {})} for kind in kinds)
+
+    serving = [name for name in order if free_of(name, "cannot")]
+    return next((name for name in serving if free_of(name, "avoid")), serving[0] if serving else "auto")

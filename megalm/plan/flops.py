@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from megalm.config import Config
 
+from .backends import keeps_scores
+
 
 def layer_forward(config: Config) -> float:
     """FLOPs of one transformer layer, forward, for each token."""
@@ -32,7 +34,11 @@ def per_token(config: Config, padded_vocab_size: int) -> float:
     return 3.0 * (config.model.num_layers * layer_forward(config) + head_forward(config, padded_vocab_size))
 
 
-def per_token_executed(config: Config, padded_vocab_size: int) -> float:
-    """FLOPs done for each token: the model's and what recompute.mode does again."""
-    again = {"none": 0.0, "selective": attention_core_forward(config), "full": layer_forward(config)}[config.recompute.mode]
+def per_token_executed(config: Config, padded_vocab_size: int, attention: str) -> float:
+    """FLOPs done for each token: the model's and what recompute.mode does again, attention being this backend's."""
+    again = 0.0
+    if config.recompute.mode == "full":
+        again = layer_forward(config)
+    if config.recompute.mode == "selective" and keeps_scores(config, attention):
+        again = attention_core_forward(config)
     return per_token(config, padded_vocab_size) + config.model.num_layers * again

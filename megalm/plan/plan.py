@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megalm.config import Config
 
 from . import batch, partition
-from .backends import intended_backends
+from .backends import intended_backends, keeps_scores
 from .errors import PlanError
 from .topology import Place, Topology
 
@@ -80,7 +81,7 @@ def make_plan(config: Config, world_size: int, vocab_size: int | None = None) ->
     padded = batch.padded_vocabulary(vocabulary, model.vocab_multiple)
     counts = parallel.stages or partition.balance(model.num_layers, parallel.pp, partition.costs(config, padded))
     zero_stage = effective_zero_stage(config)
-    bubble = batch.bubble(parallel.pp, accumulation)
+    bubble, backends = batch.bubble(parallel.pp, accumulation), intended_backends(config)
     return Plan(
         world_size=world_size, tp=parallel.tp, pp=parallel.pp, dp=dp,
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1, zero_stage=zero_stage,
@@ -88,7 +89,7 @@ def make_plan(config: Config, world_size: int, vocab_size: int | None = None) ->
         vocab_size=vocabulary, padded_vocab_size=padded,
         layers=partition.layer_names(model.num_layers), stages=partition.bounds(counts),
         wrapper=optimizer_wrapper(config.precision.dtype, zero_stage), bubble=bubble,
-        backends=intended_backends(config), notes=tuple(_notes(config, zero_stage, accumulation, bubble)))
+        backends=backends, notes=tuple(_notes(config, zero_stage, accumulation, bubble, backends)))
 
 
 def effective_zero_stage(config: Config) -> int:
@@ -116,13 +117,16 @@ def _vocabulary(of_model: int | None, of_tokenizer: int | None) -> tuple[int, st
     return of_model or of_tokenizer, None
 
 
-def _notes(config: Config, zero_stage: int, accumulation: int, bubble: float) -> list[str]:
+def _notes(config: Config, zero_stage: int, accumulation: int, bubble: float, backends: Mapping[str, str]) -> list[str]:
     parallel, notes = config.parallel, []
     if zero_stage != parallel.zero_stage:
         reason = "in a pipeline" if parallel.pp > 1 else f"with {config.precision.dtype}"
         notes.append(f"parallel.zero_stage {parallel.zero_stage} runs as {zero_stage} {reason}")
     if parallel.sequence_parallel and parallel.tp == 1:
         notes.append("parallel.sequence_parallel has no effect at parallel.tp = 1")
+    attention = backends["attention"]
+    if config.recompute.mode == "selective" and not keeps_scores(config, attention):
+        notes.append(f"recompute.mode selective has nothing to recompute: attention by {attention} keeps no scores")
     if bubble > 0.25:
         notes.append(f"each stage waits {bubble:.0%} of a step: {accumulation} micro-batches in {parallel.pp} stages; "
                      "a larger batch.global or a smaller batch.micro shortens it")

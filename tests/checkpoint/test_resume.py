@@ -41,6 +41,8 @@ def changed(path: str, value) -> dict:
     ("data.seed", 5, "data.seed: stored None, now 5"),
     ("train.seed", 2, "train.seed: stored 1, now 2"),
     ("batch.global", 16, "batch.global: stored 8, now 16"),
+    ("data.document_mask", True, "data.document_mask: stored False, now True"),
+    ("data.reset_positions", True, "data.reset_positions: stored False, now True"),
     ("train.z_loss", 1e-4, "train.z_loss: stored 0.0, now 0.0001"),  # from a checkpoint that is older than the setting
     ("tokenizer.type", "bytes", "tokenizer.type: stored 'huggingface', now 'bytes'"),
     ("tokenizer.eod", "<eod>", "tokenizer.eod: stored '<eos>', now '<eod>'"),
@@ -51,7 +53,8 @@ def test_what_shapes_the_numbers_is_compared(path, value, line):
 
 @pytest.mark.parametrize("path, value", [
     ("model.vocab_multiple", 64), ("data.cache", "/elsewhere"), ("parallel.tp", 4), ("train.steps", 20), ("batch.micro", 16),
-    ("schedule.decay", "wsd"), ("train.label_smoothing", 0.0), ("tokenizer.path", "elsewhere/t.json")])
+    ("schedule.decay", "wsd"), ("train.label_smoothing", 0.0), ("data.document_mask", False),
+    ("tokenizer.path", "elsewhere/t.json")])
 def test_what_doesn_t_is_free(path, value):
     assert differences(CONFIG, changed(path, value)) == []
 

@@ -63,6 +63,17 @@ def test_auto_passes_over_what_cannot_serve_or_is_avoided_and_says_why():
     assert name(made.choose("norm", "auto", Features("cuda", torch.float64))) == "torch"
 
 
+def test_what_all_avoid_is_served_by_the_first_that_can(monkeypatch):
+    made = registry(cpu={"norm": ["megalm", "library", "torch"]})
+    for backend in ("megalm", "torch"):
+        monkeypatch.setitem(made.table["backends"]["norm"][backend], "avoid", {"dropout": "it is slow"})
+    made.register("norm", megalm="megalm".upper, torch="torch".upper)
+    found = made.choose("norm", "auto", CPU._replace(traits=("dropout",)))
+    assert name(found) == "library" and found[1] == "the fastest that serves on cpu; not megalm: it needs a GPU"
+    reasons = [reason for _, reason in made.candidates("norm", CPU._replace(traits=("dropout",)))]
+    assert reasons == ["it needs a GPU", None, "it is slow"]
+
+
 def test_a_named_backend_serves_or_is_an_error():
     made = registry()
     assert name(made.choose("norm", "library", CPU._replace(traits=("dropout",)))) == "library"

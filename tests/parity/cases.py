@@ -47,6 +47,7 @@ class Case:
     micro: int = 0  # 0: see `micro_batch`
     model: tuple[tuple[str, object], ...] = ()
     train: tuple[tuple[str, object], ...] = ()  # changes to the train section
+    data: tuple[tuple[str, object], ...] = ()  # to the data section
     zero: tuple[tuple[str, object], ...] = ()  # keys of deepspeed.zero_optimization, alike
     silent_step: int | None = None  # a step in which no label counts
     label: str = ""
@@ -86,14 +87,14 @@ class Case:
             "optimizer": OPTIMIZERS[self.optimizer],
             "schedule": {"warmup_steps": 3, "decay": "linear", "min_lr": 1e-4},
             "tokenizer": {"type": "bytes"},
-            "data": {"train": [{"path": "none"}]},
+            "data": {"train": [{"path": "none"}]} | dict(self.data),
             "train": {"dir": "none", "steps": STEPS, "seed": SEED} | dict(self.train),
             "deepspeed": {"zero_optimization": dict(self.zero)},
         }  # fmt: skip
 
     def serial(self, dtype: str | None = None) -> Case:
         """The case whose reference this one is held to: whatever can't change the mathematics taken away."""
-        return Case(style=self.style, optimizer=self.optimizer, model=self.model, train=self.train,
+        return Case(style=self.style, optimizer=self.optimizer, model=self.model, train=self.train, data=self.data,
                     dtype=dtype or self.dtype, silent_step=self.silent_step)  # fmt: skip
 
 
@@ -169,4 +170,17 @@ def extra_cases() -> Iterator[Case]:
     yield Case("llama", 1, 4, 1, label="accumulation2", micro=4, recompute="full", optimizer="sgd")
 
 
-CASES = {case.name: case for cases in (layout_cases(), axis_cases(), extra_cases()) for case in cases}
+def document_cases() -> Iterator[Case]:
+    """No token sees another document, with positions of the sample or of the document; with and without dropout of the scores,
+    which is another backend's. Middle stages, which read no tokens, know the documents too."""
+    masked, both = (("document_mask", True),), (("document_mask", True), ("reset_positions", True))
+    fused = (("attention_dropout", 0.0),)
+    yield Case("gpt2", 2, 2, 2, True, label="documents", data=both, model=fused)
+    yield Case("llama", 2, 1, 1, True, label="documents", data=both, model=(*fused, ("num_query_groups", 1)))
+    yield Case("llama", 1, 4, 1, label="documents-full", data=both, model=fused, recompute="full", micro=2, optimizer="sgd")
+    yield Case("gpt2", 1, 1, 2, label="documents-zero3", data=masked, model=fused, zero_stage=3)
+    yield Case("llama", 2, 2, 1, True, label="documents-dropout-selective", data=masked, recompute="selective", micro=2)
+    yield Case("gpt2", 1, 2, 1, label="positions", data=(("reset_positions", True),), optimizer="sgd")
+
+
+CASES = {case.name: case for cases in (layout_cases(), axis_cases(), extra_cases(), document_cases()) for case in cases}

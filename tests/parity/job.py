@@ -25,6 +25,7 @@ def train(rank: int, world_size: int, case: Case, mutation: str | None = None, s
     """Run a case (with one mechanism taken away, where `mutation` names it) and report this rank's share."""
     torch.manual_seed(rank)  # whatever still draws from torch's generator differs between ranks, and shows
     config, plan = config_and_plan(case)
+    packed = config.data.document_mask or config.data.reset_positions
     with MonkeyPatch.context() as patch:
         groups = mutations.apply(mutation, patch, start(plan, torch.device("cpu")))
         context = StepContext(config.train.seed)
@@ -34,13 +35,13 @@ def train(rank: int, world_size: int, case: Case, mutation: str | None = None, s
             if step in (0, steps - 1):
                 engine.on_gradients = partial(_keep_gradients, result, engine, step, step == steps - 1)
             batch = global_batch(step, plan.vocab_size, step == case.silent_step)
-            outcome = engine.train_step(step, micro_batches(batch, plan, groups.place))
+            outcome = engine.train_step(step, micro_batches(batch, plan, groups.place, packed))
             engine.on_gradients = None
             result.losses.append(outcome.loss)
             result.norms.append(outcome.grad_norm)
             assert not outcome.skipped
         _keep_parameters(result, engine)
-        batches = micro_batches(global_batch(EVALUATION_STEP, plan.vocab_size), plan, groups.place)
+        batches = micro_batches(global_batch(EVALUATION_STEP, plan.vocab_size), plan, groups.place, packed)
         result.evaluation = engine.evaluate(batches)
     return result
 

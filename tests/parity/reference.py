@@ -134,6 +134,31 @@ class Dropout:
         return torch.where(keep, x, torch.zeros((), dtype=x.dtype)) / (1.0 - probability)
 
 
+@dataclass(frozen=True)
+class Packing:
+    """The documents of packed samples: each token's document int64 [b, s], and what follows from it."""
+
+    documents: Tensor
+    mask: bool  # no token sees another document
+    reset: bool  # positions count within the document
+
+    def unseen(self) -> Tensor:
+        """Which keys a query must not see, bool [b, 1, s, s]."""
+        b, s = self.documents.shape
+        future = torch.ones(s, s, dtype=torch.bool).triu(1).expand(b, 1, s, s)
+        return future | (self.documents[:, None, :, None] != self.documents[:, None, None, :]) if self.mask else future
+
+    def positions(self) -> Tensor:
+        """int64 [b, s]"""
+        if not self.reset:
+            return torch.arange(self.documents.shape[1]).expand_as(self.documents)
+        return torch.tensor([[row[:i].count(row[i]) for i in range(len(row))] for row in self.documents.tolist()])
+
+    @classmethod
+    def none(cls, tokens: Tensor) -> Packing:
+        return cls(torch.zeros_like(tokens), False, False)
+
+
 def _norm(w: Weights, name: str, x: Tensor, shape: Shape) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     if shape.normalization == "layer_norm":
@@ -164,14 +189,14 @@ def rotary_angles(shape: Shape, length: int) -> Tensor:
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Half-split rotation of x [b, s, heads, d]: pairs are (i, i + d/2)."""
+    """Half-split rotation of x [b, s, heads, d] by angles [b, s, d/2]: pairs are (i, i + d/2)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = angles.cos().to(wide)[:, None], angles.sin().to(wide)[:, None]  # [s, 1, d/2]
+    cos, sin = angles.cos().to(wide).unsqueeze(2), angles.sin().to(wide).unsqueeze(2)  # [b, s, 1, d/2]
     left, right = x.to(wide).chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 
 
-def _attention(w: Weights, i: int, x: Tensor, shape: Shape, dropout: Dropout | None) -> Tensor:
+def _attention(w: Weights, i: int, x: Tensor, shape: Shape, dropout: Dropout | None, packing: Packing) -> Tensor:
     b, s, _ = x.shape
     H, G, d, name = shape.num_attention_heads, shape.num_query_groups, shape.head_dim, f"layers.{i}.attention"
     q = _linear(w, f"{name}.query", x).view(b, s, H, d)
@@ -180,13 +205,12 @@ def _attention(w: Weights, i: int, x: Tensor, shape: Shape, dropout: Dropout | N
     if shape.qk_norm:
         q, k = _norm(w, f"{name}.query_norm", q, shape), _norm(w, f"{name}.key_norm", k, shape)
     if shape.position_embedding == "rotary":
-        angles = rotary_angles(shape, s)
+        angles = rotary_angles(shape, s)[packing.positions()]
         q, k = _rotate(q, angles), _rotate(k, angles)
     k, v = (t.repeat_interleave(H // G, dim=2) for t in (k, v))  # [b, s, G, d] -> [b, s, H, d]
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(d)  # [b, H, s, s]
-    future = torch.ones(s, s, dtype=torch.bool).triu(1)
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    weights = wide.masked_fill(future, -math.inf).softmax(-1).to(x.dtype)
+    weights = wide.masked_fill(packing.unseen(), -math.inf).softmax(-1).to(x.dtype)
     if dropout is not None:
         weights = dropout(weights, i, ATTENTION_SCORES, shape.attention_dropout)
     context = torch.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, s, H * d)
@@ -204,18 +228,19 @@ def _mlp(w: Weights, i: int, x: Tensor, shape: Shape) -> Tensor:
     return _linear(w, f"layers.{i}.mlp.down", inner)
 
 
-def logits(w: Weights, tokens: Tensor, shape: Shape, dropout: Dropout | None = None) -> Tensor:
+def logits(w: Weights, tokens: Tensor, shape: Shape, dropout: Dropout | None = None, packing: Packing | None = None) -> Tensor:
     """Logits [b, s, vocab_size] of tokens [b, s]; the padded columns are cut off."""
+    packing = packing or Packing.none(tokens)
     x = w["embedding.word.weight"][tokens]  # [b, s, h]
     if shape.position_embedding == "learned":
-        x = x + w["embedding.position.weight"][: tokens.shape[1]]
+        x = x + w["embedding.position.weight"][packing.positions()]
 
     def drop(x: Tensor, layer: int, op: int) -> Tensor:
         return x if dropout is None else dropout(x, layer, op, shape.dropout)
 
     x = drop(x, 0, EMBEDDING)
     for i in range(shape.num_layers):
-        attended = _attention(w, i, _norm(w, f"layers.{i}.attention.norm", x, shape), shape, dropout)
+        attended = _attention(w, i, _norm(w, f"layers.{i}.attention.norm", x, shape), shape, dropout, packing)
         x = x + drop(attended, i, ATTENTION_OUTPUT)
         x = x + drop(_mlp(w, i, _norm(w, f"layers.{i}.mlp.norm", x, shape), shape), i, MLP_OUTPUT)
     x = _norm(w, "final_norm", x, shape)
@@ -224,9 +249,9 @@ def logits(w: Weights, tokens: Tensor, shape: Shape, dropout: Dropout | None = N
 
 
 def loss_sum(w: Weights, tokens: Tensor, labels: Tensor, shape: Shape, dropout: Dropout | None = None, z_loss: float = 0.0,
-             label_smoothing: float = 0.0) -> Tensor:
+             label_smoothing: float = 0.0, packing: Packing | None = None) -> Tensor:
     """Sum of the cross entropies, with smoothed labels, and z-losses of all labels that count, in at least fp32."""
-    scores = logits(w, tokens, shape, dropout).flatten(0, 1)
+    scores = logits(w, tokens, shape, dropout, packing).flatten(0, 1)
     scores, labels = scores if scores.dtype == torch.float64 else scores.float(), labels.flatten()
     loss = F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing)
     return loss + z_loss * scores[labels != IGNORED].logsumexp(-1).square().sum()
@@ -252,6 +277,11 @@ class Recipe:
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     micro_batch: int | None = None  # None: the whole global batch in one forward
+    document_mask: bool = False
+    reset_positions: bool = False
+
+    def packing(self, documents: Tensor) -> Packing:
+        return Packing(documents, self.document_mask, self.reset_positions)
 
 
 @dataclass
@@ -285,7 +315,8 @@ def _gradients(masters: Weights, batch, shape: Shape, recipe: Recipe, step: int)
     for start in range(0, len(batch.samples), micro):
         part = slice(start, start + micro)
         dropout = Dropout(recipe.seed, step, batch.samples[part])
-        loss = loss_sum(live, batch.tokens[part], batch.labels[part], shape, dropout, recipe.z_loss, recipe.label_smoothing)
+        loss = loss_sum(live, batch.tokens[part], batch.labels[part], shape, dropout, recipe.z_loss, recipe.label_smoothing,
+                        recipe.packing(batch.documents[part]))
         loss = loss / count
         for name, gradient in zip(live, torch.autograd.grad(loss, list(live.values())), strict=True):
             sums[name] += gradient
@@ -316,6 +347,7 @@ def train(shape: Shape, recipe: Recipe, batch_of: Callable[[int], object], evalu
     if evaluate_on:
         live = {name: p.to(recipe.dtype) for name, p in masters.items()}
         with torch.no_grad():
-            sums = [loss_sum(live, batch.tokens, batch.labels, shape).item() for batch in evaluate_on]
+            sums = [loss_sum(live, batch.tokens, batch.labels, shape, packing=recipe.packing(batch.documents)).item()
+                    for batch in evaluate_on]
         record.evaluation = sum(sums), sum(int((batch.labels != IGNORED).sum()) for batch in evaluate_on)
     return record

@@ -37,7 +37,7 @@ def _record(case: Case, micro_batch: int | None, steps: int) -> reference.Record
         seed=config.train.seed, steps=steps, dtype=DTYPES[case.dtype], optimizer=o.name, betas=tuple(o.betas), eps=o.eps,
         lr=lambda step: lr_at(config.schedule, o.lr, STEPS, step), weight_decay=o.weight_decay, momentum=o.momentum,
         clip_grad_norm=o.clip_grad_norm, z_loss=config.train.z_loss, label_smoothing=config.train.label_smoothing,
-        micro_batch=micro_batch,
+        micro_batch=micro_batch, document_mask=config.data.document_mask, reset_positions=config.data.reset_positions,
     )  # fmt: skip
     whole = reference.Shape.of(config.model, size, plan.padded_vocab_size)
     evaluation = [global_batch(EVALUATION_STEP, size)]

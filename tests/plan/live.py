@@ -76,9 +76,9 @@ class Watch(StepContext):
         self.engine: Engine | None = None
         self.most = 0
 
-    def set(self, step: int, samples: Tensor) -> None:
+    def set(self, step: int, samples: Tensor, document_starts: Tensor | None = None) -> None:
         self.look()
-        super().set(step, samples)
+        super().set(step, samples, document_starts)
 
     def look(self) -> None:
         if self.engine is not None:

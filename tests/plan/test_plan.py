@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megalm.plan import PlanError, backends, make_plan
+from megalm.plan import PlanError, backends, flops, make_plan
 from tests.config.trees import config
 
 
@@ -99,8 +99,36 @@ def test_intended_backends(monkeypatch):
     assert attention(kernels={"attention": "liger"}) == "liger"
     assert make_plan(config(kernels={"rotary": "reference"}), 1).backends["rotary"] == "reference"
     assert make_plan(config(), 1).backends["norm"] == "auto"
+    capabilities |= {"torch": {"avoid": {"documents": "slow"}}, "reference": {"avoid": {"documents": "slower"}}}
+    assert attention(precision={"dtype": "fp32"}, data={"document_mask": True}) == "torch"  # all avoid it: the first that serves
     monkeypatch.setattr(backends, "_table", dict)
     assert attention() == "auto"
+
+
+FUSED = {"model": {"hidden_size": 512, "num_attention_heads": 8}}
+OTHER = {"model": {"hidden_size": 384, "num_attention_heads": 8}}
+DROPOUT = {"attention_dropout": 0.1}
+
+
+@pytest.mark.parametrize("sections, intended, keeping", [
+    (FUSED, "torch", {"reference"}),
+    ({**FUSED, "data": {"document_mask": True}}, "megalm", {"reference"}),
+    ({**FUSED, "precision": {"dtype": "fp32"}, "data": {"document_mask": True}}, "torch", {"reference", "megalm"}),
+    ({**OTHER, "data": {"document_mask": True}}, "torch", {"reference", "megalm"}),
+    ({"model": {**FUSED["model"], **DROPOUT}}, "megalm", {"reference"}),
+    ({"model": {**OTHER["model"], **DROPOUT}}, "megalm", {"reference", "megalm"}),
+])
+def test_selective_recomputation_is_for_scores(sections, intended, keeping):
+    """Which attention a model is meant to run with, and which backends would keep scores for it on a GPU."""
+    planned = config(**sections, recompute={"mode": "selective"})
+    plan, named = make_plan(planned, 1), ("megalm", "torch", "flash_attn", "reference")
+    assert plan.backends["attention"] == intended
+    assert {name for name in named if backends.keeps_scores(planned, name)} == keeping
+    assert backends.keeps_scores(planned, "torch", "cpu") == (planned.model.attention_dropout > 0)
+    once, executed = (flops.per_token_executed(planned, 384, name) for name in ("torch", intended))
+    again = planned.model.num_layers * flops.attention_core_forward(planned) * (intended in keeping)
+    assert once == flops.per_token(planned, 384) and executed == once + again
+    assert any("nothing to recompute" in note for note in plan.notes) == (intended not in keeping)
 
 
 def test_every_operation_of_the_table_is_a_key():
