@@ -6,7 +6,6 @@ D u64 (documents + 1), then int32[S] lengths in tokens, int64[S] byte offsets in
 """
 from __future__ import annotations
 
-import os
 import struct
 from array import array
 from collections.abc import Sequence
@@ -41,11 +40,12 @@ class IndexedReader:
     """A memory-mapped token file. Nothing is read but the pages that are used; the .idx is checked as a whole.
 
     Attributes: dtype of the tokens; lengths int32 [S], tokens per sequence; pointers int64 [S], bytes into the .bin;
-    document_indices int64 [D]; flat, all tokens of the .bin in file order; total_tokens, the sum of lengths.
+    document_indices int64 [D]; flat, all tokens of the .bin in file order; total_tokens, the sum of lengths; modes int8 [S],
+    what each sequence is in a multimodal data set, else None.
     """
 
-    def __init__(self, prefix: str | Path):
-        """Raises DataError if a file is missing or the two don't describe a valid data set."""
+    def __init__(self, prefix: str | Path, *, multimodal: bool = False):
+        """Raises DataError if a file is missing, the two don't describe a valid data set, or it is multimodal and may not be."""
         self.prefix = str(prefix)
         self.bin_path, self.idx_path = file_paths(prefix)
         self._require_files()
@@ -55,6 +55,10 @@ class IndexedReader:
         self.lengths = np.frombuffer(raw, "<i4", sequences, offset)
         self.pointers = np.frombuffer(raw, "<i8", sequences, offset + 4 * sequences)
         self.document_indices = np.frombuffer(raw, "<i8", documents, offset + 12 * sequences)
+        rest = offset + 12 * sequences + 8 * documents
+        self.modes = np.frombuffer(raw, np.int8, sequences, rest) if raw.size > rest else None
+        if self.modes is not None and not multimodal:
+            raise DataError(f"{self.idx_path}: a multimodal data set ({sequences} sequence modes follow): only text is supported")
         self._check_documents()
         self.total_tokens = self._check_sequences()
         self.flat = _map(self.bin_path).view(self.dtype)
@@ -126,9 +130,7 @@ class IndexedReader:
         if code not in DTYPES:
             raise DataError(f"{path}: unknown dtype code {code}; known are {sorted(DTYPES)}")
         expected = HEADER.size + 12 * sequences + 8 * documents
-        if sequences and size == expected + sequences:
-            raise DataError(f"{path}: a multimodal data set ({sequences} sequence modes follow): only text is supported")
-        if size != expected:
+        if size not in (expected, expected + sequences):  # the second with a mode for each sequence
             what = "truncated" if size < expected else "too long"
             raise DataError(f"{path}: {what}: {size} bytes, and {sequences} sequences and {documents} document indices "
                             f"take {expected}")
@@ -232,17 +234,11 @@ class IndexedWriter:
         try:
             for chunk in self._index_bytes():
                 idx.file.write(chunk)
-            idx.sync()
-            self._bin.sync()
-            if self.idx_path.exists():  # overwriting: at no moment may the old .idx stand beside the new .bin
-                os.unlink(self.idx_path)
-            self._bin.publish()
-            idx.publish()
+            publish_pair(self._bin, idx)
         except BaseException:
             self._bin.discard()
             idx.discard()
             raise
-        sync_folder(self.bin_path.parent)
 
     def _convert(self, tokens: np.ndarray) -> np.ndarray:
         if tokens.dtype != self.dtype and len(tokens):
@@ -262,6 +258,16 @@ class IndexedWriter:
             yield np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes()
             start = int(ends[-1])
         yield np.frombuffer(self._indices, np.int64).astype("<i8", copy=False).tobytes()
+
+
+def publish_pair(bin_file: PartialFile, idx_file: PartialFile) -> None:
+    """Bring both to the disk and rename them into place, the .idx last: a reader refuses a .bin that has none."""
+    idx_file.sync()
+    bin_file.sync()
+    idx_file.path.unlink(missing_ok=True)  # overwriting: at no moment may the old .idx stand beside the new .bin
+    bin_file.publish()
+    idx_file.publish()
+    sync_folder(bin_file.path.parent)
 
 
 def refuse_existing(prefix: str | Path, overwrite: bool) -> None:
