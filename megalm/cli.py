@@ -14,7 +14,8 @@ COMMANDS = {
     "plan": ("megalm.tools.plan", "what a config means on a cluster: ranks, layers, batch, memory, FLOPs; needs no GPU"),
     "kernels": ("megalm.tools.kernels", "what is compiled, and which backend each operation takes here and why"),
     "preprocess": ("megalm.tools.preprocess", "JSONL or plain text to .bin/.idx"),
-    "train-tokenizer": ("megalm.tools.train_tokenizer", "train a SentencePiece model on text"),
+    "data": ("megalm.tools.data.__main__", "merge, split, shuffle or inspect token files"),
+    "train-tokenizer": ("megalm.tools.train_tokenizer", "train a SentencePiece or byte-level BPE tokenizer on text"),
     "generate": ("megalm.tools.generate", "continue a prompt with the model of a checkpoint"),
 }
 
