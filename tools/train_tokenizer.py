@@ -1,144 +1,148 @@
-"""Train a sentencepiece tokenizer on JSON lines or plain text: the same text gives the same bytes.
+"""Train a tokenizer on a sample of a corpus: sentencepiece (bpe, unigram) or byte-level BPE. The same texts give the same bytes.
 
     megalm train-tokenizer --input a.jsonl --vocab-size 32000 --output data/spm.model
+    megalm train-tokenizer --input shards/*.jsonl --vocab-size 64000 --type byte-bpe --output data/tokenizer.json \\
+                           --held-out en=english.jsonl zh=chinese.jsonl
 
 Nothing is normalised: a text comes back from its ids as it was (but for U+2581, which sentencepiece uses for the space). Spaces
-are kept, digits are split, and what no piece covers, line ends included, is spelled in byte pieces.
+are kept, digits are split, and what no piece covers, line ends included, is spelled in bytes. Neither the sample nor the model
+depends on the order of the files. Beside the model, NAME.report.json says what it was trained on and how many bytes of held-out
+text a token has.
 """
 from __future__ import annotations
 
 import argparse
-import io
-import re
+import hashlib
+import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from megalm.data.documents import check_inputs, read_batches, read_text
+from megalm import __version__
 from megalm.data.errors import DataError
 from megalm.data.publish import write_atomically
-from megalm.data.tokenizer import SentencePieceTokenizer
-from megalm.tools._command import Parser, run
+from megalm.data.tokenizer import TokenizerSource, load_tokenizer
+from megalm.tools._command import Parser, positive, run
+from megalm.tools._corpus import Corpus
+from megalm.tools._held_out import Group, measure, table, together
+from megalm.tools._progress import shown, ticking
+from megalm.tools._trainers import DIGITS, SUFFIX, Recipe, train
 
-MAX_SENTENCE = 8192  # bytes; the trainer leaves out what is longer
-THREADS = 4  # a fixed number: unigram sums in an order that depends on it
-SPECIAL_PIECES = 3 + 256  # <unk>, <s>, </s> and the bytes
-
-
-def sentences(text: str) -> Iterator[str]:
-    """The lines of a text, long ones in pieces: what the trainer takes."""
-    for line in text.split("\n"):
-        for start in range(0, len(line), MAX_SENTENCE // 4):  # a character has at most 4 bytes
-            yield line[start:start + MAX_SENTENCE // 4]
+LIBRARY = {"bpe": "sentencepiece", "unigram": "sentencepiece", "byte-bpe": "tokenizers"}
 
 
-class Corpus:
-    """The sentences of the input files. Of a corpus larger than `max_bytes` an even part of its documents is taken."""
-
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-        self.part = min(1.0, arguments.max_bytes / max(1, check_inputs(arguments.input)))
-        self.documents = self.used = self.characters = self.skipped = 0
-        self.problem: Exception | None = None  # the trainer puts an error of its own in its place
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for text in self._texts():
-                self.documents += 1
-                if int(self.documents * self.part) > int((self.documents - 1) * self.part):
-                    self.used += 1
-                    self.characters += len(text)
-                    yield from sentences(text)
-        except Exception as error:
-            self.problem = error
-            raise
-
-    def _texts(self) -> Iterator[str]:
-        for batch in read_batches(self.arguments.input):
-            for place in range(len(batch.documents)):
-                try:
-                    yield read_text(batch, place, self.arguments.field)
-                except DataError as error:
-                    if not self.arguments.skip_invalid:
-                        raise DataError(f"{error}; --skip-invalid leaves such documents out") from error
-                    self.skipped += 1
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """What the options ask for. Raises DataError where that can't be."""
+    recipe = Recipe(arguments.type, arguments.vocab_size, arguments.eod, tuple(arguments.special_tokens), arguments.digits,
+                    arguments.byte_fallback, arguments.character_coverage)
+    recipe.check()
+    return recipe
 
 
-def train(corpus: Corpus, kind: str, vocab_size: int) -> bytes:
-    """The model's bytes. Raises DataError if the corpus has no text or doesn't give so many pieces."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    failure = ""
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(corpus), model_writer=model, model_type=kind, vocab_size=vocab_size,
-            byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, remove_extra_whitespaces=False,
-            add_dummy_prefix=False, normalization_rule_name="identity", character_coverage=0.9995,
-            max_sentence_length=MAX_SENTENCE, num_threads=THREADS, minloglevel=2,
-        )
-    except RuntimeError as error:
-        failure = str(error)
-    if corpus.problem is not None:
-        raise corpus.problem
-    if corpus.characters == 0:
-        raise DataError(f"no text in {', '.join(corpus.arguments.input)}: {corpus.documents} documents")
-    if failure:
-        raise DataError(explain(failure, vocab_size))
-    return model.getvalue()
+def output_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """(model, report). Raises DataError if the name doesn't fit the type, or a file may not be replaced."""
+    suffix = SUFFIX[arguments.type]
+    output = Path(arguments.output or f"{arguments.model_prefix}{suffix}")
+    if output.suffix != suffix:
+        library = "sentencepiece model" if suffix == ".model" else "byte-level BPE tokenizer"
+        raise DataError(f"--output {output}: a {library} is named *{suffix}")
+    report = output.with_suffix(".report.json")
+    for path in (output, report):
+        if path.exists() and not arguments.force:
+            raise DataError(f"{path} exists already; it is replaced only with --force")
+    return output, report
 
 
-def explain(failure: str, vocab_size: int) -> str:
-    """The trainer's own error, in words of this program where it is one of the two that users meet."""
-    too_high = re.search(r"Vocabulary size (?:is )?too high.*?<= (\d+)", failure, re.DOTALL)
-    if too_high:
-        return f"--vocab-size {vocab_size} is too large for this corpus, which gives at most {too_high[1]} pieces"
-    too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", failure)
-    if too_small:
-        return f"--vocab-size {vocab_size} is too small for this corpus: its characters and byte pieces alone are {too_small[1]}"
-    return f"sentencepiece: {failure}"
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises DataError for numbers that can't be."""
+    if arguments.sample_bytes < 1:
+        raise DataError(f"--sample-bytes is {arguments.sample_bytes}; it must be at least 1")
+    if not 0 <= arguments.held_out_share < 1:
+        raise DataError(f"--held-out-share is {arguments.held_out_share}; it must be at least 0 and below 1")
+    if not 0.98 <= arguments.character_coverage <= 1:
+        raise DataError(f"--character-coverage is {arguments.character_coverage}; it must be from 0.98 to 1")
 
 
 def train_tokenizer(arguments: argparse.Namespace) -> int:
     """The program, after its arguments. Raises DataError for what is wrong with them or with the corpus."""
-    output = Path(arguments.output or f"{arguments.model_prefix}.model")
-    if output.suffix != ".model":
-        raise DataError(f"--output {output}: a sentencepiece model is named *.model")
-    if output.exists() and not arguments.force:
-        raise DataError(f"{output} exists already; it is replaced only with --force")
-    if arguments.vocab_size <= SPECIAL_PIECES:
-        raise DataError(f"--vocab-size {arguments.vocab_size}: the {SPECIAL_PIECES} special and byte pieces alone need more")
-    if arguments.max_bytes < 1:
-        raise DataError(f"--max-bytes is {arguments.max_bytes}; it must be at least 1")
-    started, corpus = time.monotonic(), Corpus(arguments)
-    model = train(corpus, arguments.type, arguments.vocab_size)
+    output, report_path = output_of(arguments)
+    check_numbers(arguments)
+    started, recipe, corpus = time.monotonic(), recipe_of(arguments), Corpus(arguments)
+    corpus.read()
+    with ticking(f"train on {corpus.training.bytes / 1e6:.1f} MB", arguments.quiet or recipe.kind == "byte-bpe"):
+        model = train(corpus.training, recipe, shown(arguments.quiet))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, [model])
-    pieces = SentencePieceTokenizer(output).vocab_size
-    text = f"{output}: {pieces:,} pieces ({arguments.type}) from {corpus.characters / 1e6:.1f} million characters"
-    if corpus.used < corpus.documents:
-        text += f", {corpus.used:,} of {corpus.documents:,} documents (--max-bytes)"
+    kind = "huggingface" if recipe.kind == "byte-bpe" else "sentencepiece"
+    tokenizer = load_tokenizer(TokenizerSource(kind, str(output), recipe.end))
+    with ticking("measure", arguments.quiet):
+        groups = measure(tokenizer, {name: corpus.held_out[name] for name in sorted(corpus.held_out)})
+    report = describe(arguments, recipe, corpus, model, groups)
+    write_atomically(report_path, [json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n"])
+    if not arguments.quiet:
+        print(summary(output, tokenizer.vocab_size, recipe, corpus, time.monotonic() - started))
+        print(table(groups) if groups else "no text was kept back to be measured; --held-out NAME=FILE names some")
+    return 0
+
+
+def describe(arguments: argparse.Namespace, recipe: Recipe, corpus: Corpus, model: bytes, groups: dict[str, Group]) -> dict:
+    """The report: nothing in it depends on when, where or in which order it was made."""
+    from importlib.metadata import version
+
+    library = LIBRARY[recipe.kind]
+    return {
+        "type": recipe.kind, "sha256": hashlib.sha256(model).hexdigest(), "vocab_size": recipe.vocab_size, "eod": recipe.end,
+        "special_tokens": list(recipe.special_tokens), "digits": recipe.digits, "megalm": __version__, library: version(library),
+        "inputs": [{"path": path, "bytes": Path(path).stat().st_size} for path in sorted(arguments.input)],
+        "documents": corpus.documents, "invalid_documents": corpus.skipped, "seed": arguments.seed,
+        "sample": {"documents": len(corpus.training), "bytes": corpus.training.bytes,
+                   "of_documents": corpus.training.offered, "of_bytes": corpus.training.offered_bytes},
+        "held_out": {name: group.report() for name, group in groups.items()}, "held_out_together": together(groups).report(),
+    }
+
+
+def summary(output: Path, pieces: int, recipe: Recipe, corpus: Corpus, seconds: float) -> str:
+    """What was done, in one line."""
+    sample = corpus.training
+    text = f"{output}: {pieces:,} pieces ({recipe.kind}) from {sample.bytes / 1e6:.1f} MB"
+    if len(sample) < sample.offered:
+        text += f", {len(sample):,} of {sample.offered:,} documents (--sample-bytes, --sample-documents)"
     if corpus.skipped:
         text += f"; {corpus.skipped:,} invalid documents skipped"
-    print(f"{text}, in {time.monotonic() - started:.0f} s")
-    return 0
+    return f"{text}, in {seconds:.0f} s"
 
 
 def parser() -> Parser:
     """The command line."""
     result = Parser(prog="megalm train-tokenizer", description=__doc__.splitlines()[0])
-    result.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl, one JSON object a line, or .txt")
-    result.add_argument("--field", default="text", help="the JSON field that holds the text (text)")
-    result.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces, special and byte pieces included")
+    add = result.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help=".jsonl, one JSON object a line, or .txt")
+    add("--field", default="text", help="the JSON field that holds the text (text)")
+    add("--vocab-size", type=int, required=True, metavar="N", help="pieces, special and byte pieces included")
     target = result.add_mutually_exclusive_group(required=True)
-    target.add_argument("--output", metavar="FILE", help="the model, *.model")
-    target.add_argument("--model-prefix", metavar="PREFIX", help="the same, without .model")
-    result.add_argument("--type", choices=("bpe", "unigram"), default="bpe")
-    result.add_argument("--max-bytes", type=int, default=256_000_000, metavar="N",
-                        help="of a larger corpus take an even part of the documents, about so many bytes (256000000)")
-    result.add_argument("--skip-invalid", action="store_true", help="leave out and count what can't be read, instead of stopping")
-    result.add_argument("--force", action="store_true", help="replace an existing model")
+    target.add_argument("--output", metavar="FILE", help="the model: *.model, of byte-bpe *.json")
+    target.add_argument("--model-prefix", metavar="PREFIX", help="the same, without the suffix")
+    add("--type", choices=tuple(SUFFIX), default="bpe", help="bpe and unigram are sentencepiece's (bpe)")
+    add("--sample-bytes", "--max-bytes", type=int, default=256_000_000, metavar="N",
+        help="of a larger corpus draw documents of so many bytes of text (256000000)")
+    add("--sample-documents", type=positive, metavar="N", help="draw at most so many documents")
+    add("--seed", type=int, default=1234, metavar="N", help="of the draw (1234)")
+    add("--eod", metavar="TOKEN", help="the token that ends a document (</s>; byte-bpe: <|endoftext|>)")
+    add("--special-tokens", nargs="+", default=[], metavar="TOKEN", help="more tokens, such as <|user|>")
+    add("--digits", choices=tuple(DIGITS), default="single",
+        help="a piece has one digit, up to three (byte-bpe only), or any number (single)")
+    add("--no-byte-fallback", dest="byte_fallback", action="store_false",
+        help="sentencepiece: what no piece covers becomes <unk> instead of bytes, and is lost")
+    add("--character-coverage", type=float, default=0.9995, metavar="X",
+        help="sentencepiece: the share of all characters that get a piece of their own (0.9995)")
+    add("--held-out", nargs="+", default=[], metavar="NAME=FILE", help="texts to measure bytes per token on: en=a.jsonl zh=b.txt")
+    add("--held-out-share", type=float, default=0.01, metavar="X",
+        help="without --held-out, keep back so much of the corpus to be measured (0.01)")
+    add("--language-field", metavar="FIELD", help="the JSON field by which the texts kept back are reported")
+    add("--skip-invalid", action="store_true", help="leave out and count what can't be read, instead of stopping")
+    add("--force", action="store_true", help="replace an existing model")
+    add("--quiet", action="store_true", help="print nothing but errors")
     return result
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megalm.data.tokenizer import TokenizerSource, load_tokenizer
 from megalm.tools import train_tokenizer
-from megalm.tools.train_tokenizer import MAX_SENTENCE, sentences
+from megalm.tools._trainers import MAX_SENTENCE, sentences
 from tests.data.models import TEXTS
 
 
@@ -61,10 +61,16 @@ def test_field_and_plain_text(corpus, tmp_path):
 
 
 def test_a_part_of_a_large_corpus(corpus, tmp_path, capsys):
-    size = corpus.stat().st_size
-    assert run("--input", corpus, "--vocab-size", 600, "--output", tmp_path / "a.model", "--max-bytes", size // 3) == 0
-    used = int(capsys.readouterr().out.split("characters, ")[1].split(" of 150 documents")[0])
-    assert 48 <= used <= 50
+    """Just as many documents as have so many bytes; --max-bytes is the older name of --sample-bytes."""
+    usual = ("--input", corpus, "--vocab-size", 500, "--held-out-share", 0)
+    for option in ("--sample-bytes", "--max-bytes"):
+        output = tmp_path / f"{option}.model"
+        assert run(*usual, "--output", output, option, 20_000) == 0
+        sample = json.loads(output.with_suffix(".report.json").read_text())["sample"]
+        assert 20_000 <= sample["bytes"] < 21_000 and sample["of_documents"] == 150
+        assert f"{sample['documents']} of 150 documents" in capsys.readouterr().out
+    assert run(*usual, "--output", tmp_path / "b.model", "--sample-documents", 60) == 0
+    assert json.loads((tmp_path / "b.report.json").read_text())["sample"]["documents"] == 60
 
 
 def test_sentences_fit_the_trainer():
@@ -100,7 +106,7 @@ def test_bad_input(corpus, tmp_path, capsys):
     assert "no field 'no'" in refused(capsys, "--input", corpus, *usual, "--field", "no")
     assert "is named *.model" in refused(capsys, "--input", corpus, "--vocab-size", 600, "--output", tmp_path / "a.bin")
     assert "invalid choice" in refused(capsys, "--input", corpus, *usual, "--type", "word")
-    assert "--max-bytes is 0" in refused(capsys, "--input", corpus, *usual, "--max-bytes", 0)
+    assert "--sample-bytes is 0" in refused(capsys, "--input", corpus, *usual, "--max-bytes", 0)
     assert run("--input", tmp_path / "bad.jsonl", *usual, "--skip-invalid") == 0
     assert "1 invalid documents skipped" in capsys.readouterr().out
     assert "exists already" in refused(capsys, "--input", corpus, *usual)
