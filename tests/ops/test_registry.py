@@ -9,11 +9,11 @@ from importlib import resources
 import pytest
 import torch
 
-from megalm.ops import activation, attention, cross_entropy, dropout, norm, rotary, softmax
+from megalm.ops import activation, attention, cross_entropy, decode, dropout, norm, rotary, softmax
 from megalm.ops.registry import REGISTRY, Features, Registry, choose
 
 MODULES = {"attention": attention, "softmax": softmax, "norm": norm, "rotary": rotary, "activation": activation,
-           "dropout": dropout, "cross_entropy": cross_entropy}
+           "dropout": dropout, "cross_entropy": cross_entropy, "decode": decode}
 CPU = Features("cpu", torch.float32)
 
 

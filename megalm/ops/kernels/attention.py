@@ -32,13 +32,13 @@ _RULES = ("Tensor? first, Tensor? last, Tensor? slopes, Tensor? sinks, int left,
           f"{_DROPOUT}")
 
 
-def _fitting(x: Tensor) -> Tensor:
+def fitting(x: Tensor) -> Tensor:
     """x [s, b, heads, d] with 16-byte rows as the kernels read them: a view of a fused projection has them, others are copied."""
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _strides(prefix: str, x: Tensor) -> dict[str, int]:
+def strides(prefix: str, x: Tensor) -> dict[str, int]:
     return {f"{prefix}_{dim}": stride for dim, stride in zip(("row", "batch", "head"), x.stride(), strict=False)}
 
 
@@ -72,13 +72,13 @@ def _forward(q, k, v, first, last, slopes, sinks, left, right, scale, softcap, s
         if sinks is not None:
             lse.copy_(sinks[None, :, None].expand_as(lse))
         return out.zero_(), lse
-    q, k, v = (_fitting(x) for x in (q, k, v))
+    q, k, v = (fitting(x) for x in (q, k, v))
     rules = _rules(q, first, last, slopes, left, right, scale, softcap, samples, dropout, seed, step, layer, op, head_first)
     if sinks is not None and sinks.device != q.device:
         raise ValueError(f"attention sinks are on {sinks.device}; they must be on {q.device}")
     sinks = None if sinks is None else sinks.float().contiguous()
-    _FORWARD(q.device, q=q, k=k, v=v, sinks=sinks, out=out, lse=lse, **_sizes(q, k, v), **_strides("q", q), **_strides("k", k),
-             **_strides("v", v), **_strides("out", out), **rules, dtype=dtype_code(q))
+    _FORWARD(q.device, q=q, k=k, v=v, sinks=sinks, out=out, lse=lse, **_sizes(q, k, v), **strides("q", q), **strides("k", k),
+             **strides("v", v), **strides("out", out), **rules, dtype=dtype_code(q))
     return out, lse
 
 
@@ -92,19 +92,19 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, first, last, slopes, left, 
     grad_q, grad_k, grad_v, delta = _empty_backward(grad_out, grad_lse, q, k, v, out, lse)
     if out.numel() == 0 or k.shape[0] == 0:
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), delta.zero_()
-    q, k, v, grad_out = (_fitting(x) for x in (q, k, v, grad_out))
+    q, k, v, grad_out = (fitting(x) for x in (q, k, v, grad_out))
     sizes = _sizes(q, k, v)
     rows = {name: sizes[name] for name in ("batch", "heads", "queries", "value_dim")}
-    _DELTA(q.device, out=out, grad_out=grad_out, delta=delta, **rows, **_strides("out", out),
-           **_strides("grad", grad_out), dtype=dtype_code(q))
+    _DELTA(q.device, out=out, grad_out=grad_out, delta=delta, **rows, **strides("out", out),
+           **strides("grad", grad_out), dtype=dtype_code(q))
     # A score's gradient is p (dp - delta + grad_lse): lse is a function of the scores with slope p.
     if grad_lse is not None:
         delta -= grad_lse
     rules = _rules(q, first, last, slopes, left, right, scale, softcap, samples, dropout, seed, step, layer, op, head_first)
     strided = dict(q=q, k=k, v=v, out=grad_out, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
-    strides = {name: stride for prefix, tensor in strided.items() for name, stride in _strides(prefix, tensor).items()}
+    placed = {name: stride for prefix, tensor in strided.items() for name, stride in strides(prefix, tensor).items()}
     _BACKWARD(q.device, q=q, k=k, v=v, grad_out=grad_out, lse=lse, delta=delta, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
-              **sizes, **strides, **rules, dtype=dtype_code(q))
+              **sizes, **placed, **rules, dtype=dtype_code(q))
     return grad_q, grad_k, grad_v, delta
 
 
