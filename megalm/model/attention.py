@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalm.model.build import Build, layer_number
+from megalm.model.cache import LayerCache
 from megalm.model.norm import Norm
 from megalm.ops.attention import attention
 from megalm.ops.random import ATTENTION_SCORES, DropoutKey
@@ -73,17 +74,23 @@ class SelfAttention(nn.Module):
         self.projection = RowParallelLinear(f"{name}.projection", hidden, query, **{**options, "std": build.residual_std})
         self.tables = build.rotary_tables if model.position_embedding == "rotary" else None
         self.recomputes = build.recomputes_scores
+        self.cache: LayerCache | None = None  # set while generation adds to one
 
     def forward(self, x: Tensor, place: Place | None) -> Tensor:
-        query, key, value = self._project(x, self.build.positions(place))  # [s/tp or s, b, h] -> [s, b, H/tp or G/tp, d]
-        if self.recomputes and torch.is_grad_enabled():
+        query, key, value = self._project(x, place)  # [s/tp or s, b, h] -> [s, b, H/tp or G/tp, d]
+        if self.cache is not None:
+            kernels = self.build.config.kernels
+            context = self.cache.attend(query, key, value, kernels.attention, kernels.softmax)
+        elif self.recomputes and torch.is_grad_enabled():
             context = checkpoint(self._core, query, key, value, place, use_reentrant=False, preserve_rng_state=False)
         else:
             context = self._core(query, key, value, place)
         return self.projection(context.flatten(2))  # [s, b, h/tp] -> [s/tp or s, b, h]
 
-    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        size, options = self.build.config.model.head_dim, dict(positions=positions, backend=self.build.config.kernels.rotary)
+    def _project(self, x: Tensor, place: Place | None) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.build.config.model.head_dim
+        options = {"positions": self.build.positions(place)} if self.cache is None else self.cache.places()
+        options["backend"] = self.build.config.kernels.rotary
         if self.shared is None:
             qkv = self.qkv(x)  # -> [s, b, (H + 2G) d/tp]
             if self.tables is not None and self.query_norm is None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from megalm.config import Config
 from megalm.model.attention import SelfAttention
 from megalm.model.build import DTYPES, Build, layer_number
+from megalm.model.cache import LayerCache
 from megalm.model.description import LayerDescription
 from megalm.model.mlp import MLP
 from megalm.model.norm import Norm
@@ -35,6 +36,7 @@ class Position(nn.Module):
         super().__init__()
         model = build.config.model
         self.build, self.weight = build, None
+        self.cache: LayerCache | None = None  # set while generation adds to one
         if model.position_embedding == "learned":
             shape = (model.seq_length, model.hidden_size)
             kind = Kind.PARTIAL if build.tp.shards_sequence else Kind.REPLICATED
@@ -43,7 +45,9 @@ class Position(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         tp, length = self.build.tp, hidden.shape[0]
-        if self.weight is not None:
+        if self.weight is not None and self.cache is not None:
+            hidden = hidden + self.cache.rows(self.weight)
+        elif self.weight is not None:
             first = tp.rank * length if tp.shards_sequence else 0
             mine, positions = slice(first, first + length), self.build.positions(self.build.context.place)
             weight = use(self.weight, tp)
