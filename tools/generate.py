@@ -3,11 +3,17 @@
     megalm generate --checkpoint runs/quickstart --prompt "def main(" [--max-new-tokens 100 --temperature 0.8 --top-p 0.95]
 
 The folder is a run's (its newest whole checkpoint is taken) or one checkpoint; config and tokenizer come from it.
+
+The model sees a window of at most the seq_length tokens that it was trained on, the first of which has position 0. Of a longer
+prompt it sees the last seq_length tokens; when a text outgrows the window, the older half of the window is forgotten. Keys and
+values of what it sees are kept, so that each token is read once, and once more where the window moves on.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +27,7 @@ from megalm.config import Config, load
 from megalm.data.tokenizer import Tokenizer, TokenizerSource, load_tokenizer
 from megalm.engine.sequential import SequentialModel
 from megalm.model import layers
+from megalm.model.cache import KeyValueCache
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
 from megalm.parallel.sharding import part_slices
@@ -37,31 +44,41 @@ SMALL = 20_000_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns 0, or 2 with one line a mistake."""
-    parser = Parser(prog="megalm generate", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="megalm generate", description=__doc__.partition("\n\n")[0],
+                    epilog=__doc__.rpartition("\n\n")[2])
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's folder, or one checkpoint in it")
-    parser.add_argument("--prompt", required=True, help="the text to go on from; empty: the start of a document")
+    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT",
+                        help="the text to go on from; empty: the start of a document. Several: all at once, a JSON object a line")
     parser.add_argument("--max-new-tokens", type=positive, default=100, metavar="N",
                         help="default 100; the end of the document ends it too")
     parser.add_argument("--temperature", type=float, default=1.0, help="default 1; 0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach this probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing; the same seed, the same text")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the drawing; the same seed, the same text. The second prompt draws with seed + 1, and so on")
     return run(parser, _generate, argv)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    if not _is_text(arguments.prompt):
-        raise ValueError(f"--prompt {arguments.prompt!r} isn't valid UTF-8")
-    choose = Sampler(arguments.temperature, arguments.top_p, arguments.seed)
+    for text in arguments.prompt:
+        if not _is_text(text):
+            raise ValueError(f"--prompt {text!r} isn't valid UTF-8")
+    choose = [Sampler(arguments.temperature, arguments.top_p, arguments.seed + index) for index in range(len(arguments.prompt))]
     folder = find(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
     model = load_model(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if model.device.type == "cpu" and sum(value.numel() for value in model.module.parameters()) < SMALL:
         torch.set_num_threads(1)
-    prompt = model.tokenizer.encode(arguments.prompt)
-    if not prompt and model.tokenizer.eod is None:
+    prompts = [model.tokenizer.encode(text) for text in arguments.prompt]
+    eod = model.tokenizer.eod
+    if eod is None and not all(prompts):
         raise ValueError("the prompt is empty and the tokenizer has no token that starts a document")
     # A document follows the end of the one before: where there is no prompt, that is what stands before the first token.
-    ids = continue_ids(model, prompt or [model.tokenizer.eod], arguments.max_new_tokens, choose)
-    print(arguments.prompt + continuation(model.tokenizer, prompt, ids))
+    new = continue_ids(Reading(model, [ids or [eod] for ids in prompts]), eod, arguments.max_new_tokens, choose)
+    texts = [text + continuation(model.tokenizer, *ids) for text, *ids in zip(arguments.prompt, prompts, new, strict=True)]
+    if len(texts) == 1:
+        print(texts[0])
+    else:
+        for prompt, text in zip(arguments.prompt, texts, strict=True):
+            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
     return 0
 
 
@@ -81,12 +98,50 @@ class LoadedModel:
     device: torch.device
 
     @torch.inference_mode()
-    def next_logits(self, ids: Sequence[int]) -> Tensor:
-        """fp32 scores, on the CPU, of every token that may follow `ids`: [tokens]; columns of padding aren't among them."""
-        window = ids[-self.config.model.seq_length:]
-        hidden, weight = self.module.outputs(torch.tensor([window], device=self.device))  # [s, 1, h], [V, h]
+    def next_logits(self, rows: Sequence[Sequence[int]], cache: KeyValueCache | None = None) -> Tensor:
+        """fp32 scores, on the CPU, of every token that may follow each of `rows`: [b, tokens]; padding isn't among them.
+
+        rows: at most seq_length token ids each; with a cache, those after what was read into it, and they are read into it.
+        """
+        counts = [len(ids) for ids in rows]
+        padded = torch.tensor([[*ids, *[0] * (max(counts) - len(ids))] for ids in rows], device=self.device)
+        with contextlib.nullcontext() if cache is None else cache.adding(self.module, counts):
+            hidden, weight = self.module.outputs(padded)             # [s, b, h], [V, h]
+        last = hidden[[count - 1 for count in counts], range(len(rows))]
         tokens = min(self.plan.vocab_size, self.tokenizer.vocab_size)  # a model may have more rows than tokens have names
-        return (hidden[-1, 0] @ weight[:tokens].T).float().cpu()
+        return (last @ weight[:tokens].T).float().cpu()
+
+
+class Reading:
+    """Texts that a model reads as they grow, each token once.
+
+    Of each the model sees a window of at most seq_length tokens, the first of which has position 0. When a text outgrows its
+    window, the window becomes the newest half of seq_length, and is read again: once in seq_length / 2 tokens.
+    """
+
+    def __init__(self, model: LoadedModel, texts: Sequence[Sequence[int]]):
+        self.model, self.most = model, model.config.model.seq_length
+        self.windows = [list(ids[-self.most:]) for ids in texts]
+        self._read_again()
+
+    def _read_again(self) -> None:
+        self.cache = KeyValueCache(len(self.windows), self.most, self.model.device)
+        self.unread = self.windows
+
+    def next_logits(self) -> Tensor:
+        """Scores of every token that may follow each text: [b, tokens], fp32, on the CPU; once after each `add`."""
+        logits, self.unread = self.model.next_logits(self.unread, self.cache), []
+        return logits
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Each text goes on with its token."""
+        assert not self.unread, "what was added before has not been read"
+        for window, token in zip(self.windows, tokens, strict=True):
+            window.append(token)
+        self.unread = [[token] for token in tokens]
+        if max(map(len, self.windows)) > self.most:
+            self.windows = [window if len(window) <= self.most else window[-max(1, self.most // 2):] for window in self.windows]
+            self._read_again()
 
 
 def load_model(folder: Path, device: torch.device) -> LoadedModel:
@@ -147,15 +202,24 @@ class Sampler:
         return int(order[torch.multinomial(likely, 1, generator=self.generator)])
 
 
-def continue_ids(model: LoadedModel, ids: Sequence[int], most: int, choose: Callable[[Tensor], int]) -> list[int]:
-    """At most `most` new token ids after `ids`; the token that ends a document ends them and isn't among them."""
-    known = list(ids)
+def continue_ids(reading: Reading, eod: int | None, most: int, choose: Sequence[Callable[[Tensor], int]]) -> list[list[int]]:
+    """At most `most` new token ids for each text; the token that ends a document ends them and isn't among them.
+
+    choose: for each text, what draws a token from scores [tokens].
+    """
+    new: list[list[int]] = [[] for _ in choose]
+    going = set(range(len(new)))
+    tokens: list[int] = []
     for _ in range(most):
-        token = choose(model.next_logits(known))
-        if token == model.tokenizer.eod:
+        if tokens:
+            reading.add(tokens)
+        tokens = [draw(scores) for draw, scores in zip(choose, reading.next_logits(), strict=True)]
+        going -= {text for text in going if tokens[text] == eod}
+        for text in going:
+            new[text].append(tokens[text])
+        if not going:
             break
-        known.append(token)
-    return known[len(ids):]
+    return new
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:

@@ -43,10 +43,10 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, ta
     """q [n, b, H, d], the cache k [s, b, G, d] and v [s, b, G, e], strided views too -> [n, b, H, e].
 
     lengths: int32 [b], tokens of each sequence, the n newest included; what the cache holds beyond is not read. Default: all s. A
-    query before its sequence's first token gives 0. table: int32 [b, pages of a sequence]; the cache is paged, k [pages, page, G, d]
-    and v [pages, page, G, e], and token t of sequence i lies in page table[i, t // page]; entries that no query needs may be
-    anything. left: keys before a query's own place that it sees. scale (default d ** -0.5), softcap, slopes, sinks and return_lse
-    (fp32 [b, H, n]) as in ops/attention.py.
+    query before its sequence's first token gives 0. table: int32 [b, pages of a sequence]; the cache is paged, k [pages, page,
+    G, d] and v [pages, page, G, e], and token t of sequence i lies in page table[i, t // page]; entries that no query needs may
+    be anything. left: keys before a query's own place that it sees. scale (default d ** -0.5), softcap, slopes, sinks and
+    return_lse (fp32 [b, H, n]) as in ops/attention.py.
     Raises ValueError for shapes that don't fit or a backend that can't serve.
     """
     _check(q, k, v, lengths, table, softcap, slopes, sinks)

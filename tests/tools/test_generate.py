@@ -18,7 +18,7 @@ from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
 from megalm.parallel.sharding import part_slices
 from megalm.plan import make_plan
-from megalm.tools.generate import Sampler, continuation, continue_ids, load_model, main
+from megalm.tools.generate import Reading, Sampler, continuation, continue_ids, load_model, main
 from tests import training
 from tests.checkpoint.fakes import Crew, Hasty, engines
 
@@ -75,7 +75,7 @@ def test_the_model_of_an_eight_rank_checkpoint_gives_the_unsharded_model_s_logit
         hidden, weight = module.outputs(torch.tensor([ids]))
         expected = hidden[-1, 0] @ weight.T
     assert loaded.plan.padded_vocab_size == 384 and expected.shape == (384,)
-    torch.testing.assert_close(loaded.next_logits(ids), expected[:257])
+    torch.testing.assert_close(loaded.next_logits([ids])[0], expected[:257])
     assert expected.std() > 0.1
 
 
@@ -111,23 +111,92 @@ def test_padding_never_wins(tmp_path):
     folder, _ = checkpoint(tmp_path / "run", LLAMA, change=change)
     loaded = load_model(folder, CPU)
     for choose in (Sampler(0.0), Sampler(5.0)):
-        assert all(0 <= choose(loaded.next_logits([65, token])) < 257 for token in range(20))
+        assert all(0 <= choose(scores) < 257 for scores in loaded.next_logits([[65, token] for token in range(20)]))
 
 
 def test_rows_that_no_token_has_never_win_either(tmp_path):
     """A model may have more rows than its tokenizer has tokens."""
     folder, _ = checkpoint(tmp_path / "run", {**GPT2, "vocab_size": 300})
     loaded = load_model(folder, CPU)
-    assert loaded.plan.vocab_size == 300 and loaded.next_logits([65]).shape == (257,)
+    assert loaded.plan.vocab_size == 300 and loaded.next_logits([[65]]).shape == (1, 257)
 
 
-@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["learned", "rotary"])
-def test_a_text_longer_than_the_model_s_window(model, tmp_path):
-    folder, _ = checkpoint(tmp_path / "run", model)
+FAMILIES = {
+    "learned": GPT2,
+    "learned, untied": {**GPT2, "tie_embeddings": False},
+    "rotary, GQA, QK norm": LLAMA,
+    "rotary, MQA, tied": {**LLAMA, "num_query_groups": 1, "qk_norm": False, "tie_embeddings": True, "bias": True},
+}
+
+
+def greedy(loaded, text: list[int], steps: int) -> list[torch.Tensor]:
+    """Scores before each of the likeliest tokens, with the whole window read for each."""
+    most, known, start, found = loaded.config.model.seq_length, list(text), max(0, len(text) - 24), []
+    for _ in range(steps):
+        if len(known) - start > most:
+            start = len(known) - most // 2
+        found.append(loaded.next_logits([known[start:]])[0])
+        known.append(int(found[-1].argmax()))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_token_is_read_once_and_its_scores_are_those_of_reading_all_again(family, tmp_path):
+    """Through a window that moves on twice, from a prompt that is longer than it."""
+    folder, _ = checkpoint(tmp_path / "run", FAMILIES[family])
     loaded = load_model(folder, CPU)
-    ids = list(range(60))
-    assert torch.equal(loaded.next_logits(ids), loaded.next_logits(ids[-24:]))
-    assert len(continue_ids(loaded, ids[:20], 10, Sampler(0.0))) <= 10
+    for text in (list(b"def main("), list(range(60))):
+        reading = Reading(loaded, [text])
+        for expected in greedy(loaded, text, 40):
+            [scores] = reading.next_logits()
+            torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+            assert scores.argmax() == expected.argmax()
+            reading.add([int(scores.argmax())])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_that_are_read_together_get_the_scores_of_each_alone(family, tmp_path):
+    """Of unequal lengths, so that their windows move on at different times."""
+    folder, _ = checkpoint(tmp_path / "run", FAMILIES[family])
+    loaded = load_model(folder, CPU)
+    texts = [list(b"def main("), [65], list(range(60))]
+    reading, alone = Reading(loaded, texts), [greedy(loaded, text, 40) for text in texts]
+    for step in range(40):
+        together = reading.next_logits()
+        torch.testing.assert_close(together, torch.stack([scores[step] for scores in alone]), rtol=1e-5, atol=1e-5)
+        reading.add(together.argmax(1).tolist())
+
+
+def test_a_token_costs_one_token(tmp_path, monkeypatch):
+    """However long the text is: what the model is given, over 40 tokens in a window of 24."""
+    folder, _ = checkpoint(tmp_path / "run", LLAMA)
+    loaded, given = load_model(folder, CPU), []
+    outputs = loaded.module.outputs
+    monkeypatch.setattr(loaded.module, "outputs", lambda tokens: given.append(tokens.shape[1]) or outputs(tokens))
+    continue_ids(Reading(loaded, [list(range(20))]), None, 40, [Sampler(0.0)])
+    assert given == [20, 1, 1, 1, 1, 12, *[1] * 12, 12, *[1] * 12, 12, *[1] * 8]
+
+
+def test_the_smallest_window(tmp_path):
+    folder, _ = checkpoint(tmp_path / "run", {**GPT2, "seq_length": 2})
+    loaded = load_model(folder, CPU)
+    reading = Reading(loaded, [[5, 6, 7]])
+    for window in ([6, 7], [8], [8, 9], [10]):
+        torch.testing.assert_close(reading.next_logits(), loaded.next_logits([window]), rtol=1e-5, atol=1e-5)
+        reading.add([window[-1] + 1])
+
+
+def test_several_prompts_are_a_json_object_each(tmp_path, capsys):
+    checkpoint(tmp_path / "run", LLAMA)
+    options = ["--checkpoint", str(tmp_path / "run"), "--max-new-tokens", "5", "--temperature", "2"]
+    assert main([*options, "--prompt", "a\nb", "--prompt", ""]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["prompt"] for one in found] == ["a\nb", ""]
+    alone = []
+    for prompt, seed in (("a\nb", "0"), ("", "1")):
+        assert main([*options, "--prompt", prompt, "--seed", seed]) == 0
+        alone.append(capsys.readouterr().out.removesuffix("\n"))
+    assert [one["text"] for one in found] == alone
 
 
 def test_the_tokenizer_comes_from_the_checkpoint(tmp_path, capsys):
@@ -158,7 +227,8 @@ def test_an_empty_prompt_starts_a_document(tmp_path, capsys):
     assert main(["--checkpoint", str(tmp_path / "run"), "--prompt", "", "--max-new-tokens", "3", "--temperature", "0"]) == 0
     with_prompt = capsys.readouterr().out
     loaded = load_model(tmp_path / "run/checkpoints/step_00000001", CPU)
-    assert with_prompt == loaded.tokenizer.decode(continue_ids(loaded, [256], 3, Sampler(0.0))) + "\n"
+    [new] = continue_ids(Reading(loaded, [[256]]), 256, 3, [Sampler(0.0)])
+    assert with_prompt == loaded.tokenizer.decode(new) + "\n"
 
 
 @pytest.mark.parametrize("arguments, line", [
@@ -193,13 +263,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
 
 
 def test_the_end_of_a_document_ends_the_text():
-    script = iter([5, 6, 256, 7])
+    """Of each text for itself; the others go on."""
+    script, added = iter([[5, 1], [6, 256], [256, 2], [7, 3]]), []
 
-    def next_logits(ids):
+    def next_logits():
         return torch.nn.functional.one_hot(torch.tensor(next(script)), 257).float()
 
-    model = SimpleNamespace(next_logits=next_logits, tokenizer=SimpleNamespace(eod=256))
-    assert continue_ids(model, [1], 10, Sampler(0.0)) == [5, 6]
+    reading = SimpleNamespace(next_logits=next_logits, add=added.append)
+    assert continue_ids(reading, 256, 10, [Sampler(0.0)] * 2) == [[5, 6], [1]]
+    assert added == [[5, 1], [6, 256]]
 
 
 def test_sampling_follows_the_softmax_at_that_temperature():
