@@ -26,6 +26,9 @@ LAYOUTS = {
     "dp2-zero2-bf16": (2, {"parallel": {"dp": 2, "zero_stage": 2}, "precision": {"dtype": "bf16"}}),
     "dp2-zero3-bf16": (2, {"parallel": {"dp": 2, "zero_stage": 3}, "precision": {"dtype": "bf16"}}),
     "pp2-sgd": (2, {"parallel": {"pp": 2}, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "clip_grad_norm": 0.5}}),
+    "tp2-pp2-documents": (4, {"parallel": {"tp": 2, "pp": 2, "sequence_parallel": True}, "recompute": {"mode": "full"},
+                              "model": {"attention_dropout": 0.0, "position_embedding": "learned"},
+                              "data": {"document_mask": True, "reset_positions": True}}),
     "one-zero0-sgd": (1, {"parallel": {"zero_stage": 0}, "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}),
 }
 

@@ -42,6 +42,8 @@ def layer_activations(config: Config, plan: Plan, recompute: str) -> int:
     in_place = plan.backends["rotary"] == "megalm" and model.num_query_groups >= tp
     if model.qk_norm or model.position_embedding == "rotary" and not in_place:
         total += query + key                                # normalised or rotated: values keep the fused projection alive
+    if model.position_embedding == "rotary" and config.data.reset_positions and plan.backends["rotary"] != "megalm":
+        total += 2 * 2 * tokens * model.head_dim // 2 * 4   # of query and of key, each token's row of both fp32 tables
     total += query                                          # context, the projection's input
     total += (3 if model.gated else 2) * tokens * model.ffn_hidden_size // tp * width
     again = recompute == "selective" and keeps_scores(config, plan.backends["attention"])
@@ -60,9 +62,10 @@ def _attention_core(config: Config, plan: Plan) -> int:
     that is not the input's) and the probabilities, again after dropout or beside what the reference's softmax keeps."""
     model, heads = config.model, config.model.num_attention_heads // plan.tp
     rows, backend = plan.micro_batch * heads * model.seq_length, plan.backends["attention"]
-    if not keeps_scores(config, backend):
-        return rows * 4
     query, key = _query_and_key(config, plan)
+    if not keeps_scores(config, backend):
+        # SDPA, called once for each document, keeps every document's context beside the whole.
+        return rows * 4 + (query if backend == "torch" and config.data.document_mask else 0)
     width = WIDTH[config.precision.dtype]
     scores = 4 if backend == "reference" else width
     operands = (query + 2 * key) * (scores - width) // width

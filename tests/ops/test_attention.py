@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalm.ops.attention import attention
+from megalm.ops.attention import attention, packed_documents
 from megalm.ops.random import ATTENTION_SCORES, DropoutKey, keep_mask
 from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
 from tests.ops.dtypes import DTYPES
@@ -106,6 +107,64 @@ def test_views_of_a_fused_projection(backend):
     torch.testing.assert_close(torch.autograd.grad(got.sum(), qkv), torch.autograd.grad(expected.sum(), qkv))
 
 
+LENGTHS = ((5, 1, 7, 4), (17,), (16, 1))
+STARTS = torch.tensor([[*[0] * 5, 5, *[6] * 7, *[13] * 4], [0] * 17, [*[0] * 16, 16]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["lengths", "bounds"])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_document_sees_itself_only(backend, groups, known):
+    """By the lengths that the host knows or by the bounds alone: each document as if it were alone, gradients too."""
+    documents = packed_documents(STARTS, torch.device("cpu"))
+    assert documents.lengths == LENGTHS
+    tensors = [tensor.requires_grad_() for tensor in inputs((17, 17, 3, 4, groups, 8))]
+    got = attention(*tensors, documents=documents if known else documents[:2], backend=backend)
+    expected = torch.stack([torch.cat([attention(*parts, backend="reference") for parts in zip(
+        *(x[:, i:i + 1].split(lengths) for x in tensors), strict=True)])[:, 0] for i, lengths in enumerate(LENGTHS)], dim=1)
+    grad = randn(*got.shape, seed=3)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, tensors, grad), torch.autograd.grad(expected, tensors, grad))
+
+
+def test_keyed_dropout_under_documents_is_the_whole_masks_place():
+    """Documents change which scores there are, not which of them are dropped; torch's own mask is a function of its key."""
+    documents, samples = packed_documents(STARTS, torch.device("cpu")), torch.arange(3)
+    tensors = [tensor.requires_grad_() for tensor in inputs((17, 17, 3, 4, 2, 8))]
+    options = dict(dropout=0.3, key=KEY, samples=samples)
+    whole = attention(*tensors, documents=documents, **options)
+    torch.testing.assert_close(whole[:, 1], attention(*tensors, **options)[:, 1])  # a sample of one document
+    one, two = (attention(*tensors, documents=documents, backend="torch", **options) for _ in range(2))
+    assert torch.equal(one, two) and not torch.allclose(one, whole)
+    other = attention(*tensors, documents=documents, backend="torch", **{**options, "key": KEY._replace(layer=4)})
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 64])
+def test_documents_need_no_scores_on_a_cpu(dtype, head_dim):
+    """`auto` takes torch, whatever head dims megalm has kernels for, and no tensor is larger than the queries."""
+    q, k, v = (tensor.to(dtype).requires_grad_() for tensor in inputs((256, 256, 1, 2, 2, head_dim)))
+    starts = (torch.arange(256, dtype=torch.int32) // 32 * 32)[None]
+    with LargestTensor() as seen:
+        out = attention(q, k, v, documents=packed_documents(starts, q.device))
+        torch.autograd.grad(out.sum(), (q, k, v))
+    assert seen.elements == q.numel() < 2 * 256 * 256
+
+
+class LargestTensor(TorchDispatchMode):
+    """The elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if torch.is_tensor(result):
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
 def dropped(q, k, v, samples=None, heads=None, backend="auto", key=KEY):
     samples = torch.arange(q.shape[1]) if samples is None else samples
     return attention(q, k, v, dropout=0.3, key=key, samples=samples, heads=heads, backend=backend)
@@ -171,5 +230,8 @@ def test_wrong_arguments_are_refused():
         attention(q, k, v)
     with pytest.raises(ValueError, match="0.1 needs a key"):
         attention(k, k, v, dropout=0.1)
+    short = packed_documents(torch.zeros(1, 3, dtype=torch.int32), k.device)._replace(first=torch.zeros(1, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"lengths \(\(3,\),\) don't fill 1 sequences of 4 queries and 4 keys"):
+        attention(k, k, v, documents=short)
     with pytest.raises(ValueError, match="flash_attn"):
         attention(k, k, v, backend="flash_attn")

@@ -50,7 +50,8 @@ def saved_by_a_layer(rank: int, world_size: int, sections: dict[str, dict[str, A
     plan = make_plan(config, world_size)
     tp = start(plan, torch.device("cpu")).tp
     context = StepContext(config.train.seed)
-    context.set(0, torch.arange(plan.micro_batch))
+    places = torch.arange(config.model.seq_length, dtype=torch.int32)
+    context.set(0, torch.arange(plan.micro_batch), (places // 50 * 50).expand(plan.micro_batch, -1))
     layer = layers(config, plan, tp, context)[2].build()
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     saved: list[Tensor] = []

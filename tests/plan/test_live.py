@@ -54,13 +54,24 @@ LAYERS = [
     ("torch", {"num_query_groups": 1}, "bf16", "none", 2, True),
     ("reference", {}, "bf16", "none", 1, False),
     ("reference", {"attention_dropout": 0.1}, "fp32", "none", 1, False),
+    ("reference", {}, "bf16", "selective", 1, False),
+    ("torch", {}, "bf16", "selective", 2, True),
+    ("torch", {"hidden_size": 512}, "bf16", "selective", 1, False),
 ]
+DOCUMENTS = [
+    ("torch", LLAMA_LAYER, "bf16", "none", 1, False),
+    ("torch", LLAMA_LAYER, "fp32", "selective", 2, True),
+    ("reference", {}, "fp32", "none", 1, False),
+    ("reference", {}, "bf16", "selective", 1, False),
+]
+CASES = [*((*case, {}) for case in LAYERS), *((*case, {"document_mask": True, "reset_positions": True}) for case in DOCUMENTS)]
 
 
-@pytest.mark.parametrize("attention, model, dtype, recompute, tp, sequence_parallel", LAYERS)
-def test_a_layer_keeps_what_the_plan_says(attention, model, dtype, recompute, tp, sequence_parallel):
+@pytest.mark.parametrize("attention, model, dtype, recompute, tp, sequence_parallel, data", CASES)
+def test_a_layer_keeps_what_the_plan_says(attention, model, dtype, recompute, tp, sequence_parallel, data):
     sections = {"model": {"hidden_size": 256, "seq_length": 128, **model}, "precision": {"dtype": dtype}, "batch": {"micro": 2},
                 "parallel": {"tp": tp, "sequence_parallel": sequence_parallel}, "recompute": {"mode": recompute},
+                "data": data,
                 "kernels": {"attention": attention, "rotary": "torch"}}  # auto means other ones to the plan than to a CPU
     planned = config(**sections)
     estimate = activations.layer_activations(planned, make_plan(planned, tp), recompute)
