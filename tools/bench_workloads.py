@@ -18,10 +18,12 @@ from torch import Tensor
 
 from megalm.tools import kernel_cases
 from megalm.tools._ops import registered
+from megalm.tools.bench_bytes import BYTES, adam_bytes, all_of_it, causal_bytes, in_place_bytes, loss_bytes, read_once
 
 SPLIT, WHOLE = ("forward", "backward"), ("step",)
 SIZES = ("full", "small", "tiny")  # for a GPU, for a CPU, for the kernels through the shim
 BF16, FP32 = torch.bfloat16, torch.float32
+PAGE = 64
 
 
 @dataclass(frozen=True)
@@ -56,67 +58,6 @@ class Workload:
         """Bytes, or FLOPs, of each phase."""
         amounts = self.flops or (self.moved or BYTES.get(self.op, all_of_it))(inputs, results)
         return dict(zip(self.phases, amounts, strict=True))
-
-
-# ---- bytes: of each operation, what must be read and written once ----------------------------------------------------
-
-
-def size(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def all_of_it(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float, float]:
-    """Forward: inputs and results. Backward: the results' gradients, the inputs, and the inputs' gradients."""
-    leaves = [tensor for tensor in inputs if tensor.is_floating_point()]
-    return size(*inputs, *results), size(*results) + size(*leaves) + size(*leaves)
-
-
-def norm_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float, float]:
-    """With a residual, backward reads the sum instead of both inputs, and one gradient is that of both."""
-    vectors = [tensor for tensor in inputs if tensor.dim() == 1]
-    row = results[0]
-    return size(*inputs, *results), size(*results) + 2 * size(row) + size(vectors[0]) + size(*vectors)
-
-
-def rotary_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float, float]:
-    """Backward turns the gradient by the tables: the input itself isn't needed."""
-    tables = [tensor for tensor in inputs[1:] if tensor.dim() == 2]
-    return size(*inputs, *results), 2 * size(*results) + size(*tables)
-
-
-def causal_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float, float]:
-    """What no query sees need not be read, but its zeros must be written."""
-    seen = size(*results) * (results[0].shape[-2] + 1) / 2 / results[0].shape[-1]
-    return seen + size(*results), 2 * seen + size(*results)
-
-
-def softmax_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float, float]:
-    """Backward reads the probabilities and their gradient: a mask shows in the probabilities."""
-    return size(*inputs, *results), 3 * size(*results)
-
-
-def dropout_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float, float]:
-    """The mask is drawn again, and the gradient of a residual is the result's own."""
-    vectors = [tensor for tensor in inputs if tensor.dim() == 1 and tensor.is_floating_point()]
-    return size(*inputs, *results), 2 * size(*results) + size(*vectors)
-
-
-def loss_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float]:
-    """Three passes over the logits: read for the statistics, read and written for the gradient in their place."""
-    return (3 * size(inputs[0]),)
-
-
-def in_place_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float]:
-    """Query and key are read and written, by the tables; the value is left alone."""
-    return (2 * size(*results[:2]) + size(*inputs[1:]),)
-
-
-def adam_bytes(inputs: Sequence[Tensor], results: Sequence[Tensor]) -> tuple[float]:
-    """Weight, gradient and both moments are read, all but the gradient written: 28 bytes a parameter in fp32."""
-    return (7 * size(*inputs),)
-
-
-BYTES = {"norm": norm_bytes, "rotary": rotary_bytes, "softmax": softmax_bytes, "dropout": dropout_bytes}
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -270,6 +211,32 @@ def attentions(size: str) -> Iterator[Workload]:
                        flops=(2 * product / 8, 5 * product / 8), own=False)  # a setting off by default ranks nobody
 
 
+def decodes(size: str) -> Iterator[Workload]:
+    """A step of generation: one token of each of b sequences against caches of s tokens, kept as model/cache.py keeps them."""
+    from megalm.ops.decode import decode
+
+    def inputs(device: str, b: int, s: int, queries: int, heads: int, groups: int, d: int) -> list[Tensor]:
+        return [random(device, queries, b, heads, d), *(random(device, b, groups, s, d).permute(2, 0, 1, 3) for _ in range(2))]
+
+    def pages(device: str, b: int, s: int, queries: int, heads: int, groups: int, d: int) -> list[Tensor]:
+        table = torch.randperm(b * s // PAGE, device=device).to(torch.int32).view(b, s // PAGE)
+        return [random(device, queries, b, heads, d), *(random(device, b * s // PAGE, PAGE, groups, d) for _ in range(2)), table,
+                torch.full((b,), s, dtype=torch.int32, device=device)]
+
+    def paged(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, backend: str) -> Tensor:
+        return decode(q, k, v, lengths, table=table, backend=backend)
+
+    shapes = {"full": [(32, 4096, 1, 32, 8, 128), (1, 65536, 1, 32, 8, 128), (64, 2048, 1, 16, 16, 64),
+                       (16, 4096, 4, 32, 8, 128)],
+              "small": [(2, 512, 1, 4, 2, 64)], "tiny": [(2, 64, 1, 2, 1, 64)]}
+    for index, shape in enumerate(shapes[size]):
+        sizes = dict(zip(("b", "s", "queries", "heads", "groups", "d"), shape, strict=True))
+        name = f"decode {'x'.join(map(str, shape))}"
+        yield Workload("decode", name, partial(inputs, **sizes), decode, WHOLE, moved=read_once)
+        if index == 0:
+            yield Workload("decode", f"{name} pages of {PAGE}", partial(pages, **sizes), paged, WHOLE, moved=read_once)
+
+
 def dropouts(size: str) -> Iterator[Workload]:
     from megalm.ops.dropout import bias_dropout_add
     from megalm.ops.random import MLP_OUTPUT, DropoutKey
@@ -309,7 +276,7 @@ def optimizers(size: str) -> Iterator[Workload]:
 
 TABLES: dict[str, tuple[Callable[[str], Iterator[Workload]], ...]] = {
     "norm": (norms,), "cross_entropy": (losses, linear_losses), "activation": (activations,), "rotary": (rotaries,),
-    "softmax": (softmaxes,), "dropout": (dropouts,), "attention": (attentions,), "optimizer": (optimizers,),
+    "softmax": (softmaxes,), "dropout": (dropouts,), "attention": (attentions,), "decode": (decodes,), "optimizer": (optimizers,),
 }
 
 
@@ -362,6 +329,7 @@ TARGETS = (
     Target(r"activation swiglu (16384|32768)x", SPLIT, 0.90),
     Target(r"cross_entropy (loss|shared) 8192x131072$", WHOLE, 0.85),
     Target(r"cross_entropy linear 8192x4096x131072$", WHOLE, 0.85),
+    Target(r"decode (32x4096|1x65536)x1x32x8x128", WHOLE, 0.85),
 )
 MEMORY_TARGETS = {r"cross_entropy linear 8192x4096x131072$": 131072 * 4096 * 4 + 0.5e9}  # the gradient in fp32, as it is summed
 """The most bytes that a step may take beyond its inputs: the weight's gradient and half a gigabyte."""

@@ -12,23 +12,26 @@ from megalm.ops.library import drop_shim
 from megalm.ops.registry import REGISTRY
 from megalm.tools import bench_clock, bench_ops
 from megalm.tools._ops import registered
+from megalm.tools.bench_bytes import (
+    adam_bytes,
+    all_of_it,
+    causal_bytes,
+    dropout_bytes,
+    in_place_bytes,
+    loss_bytes,
+    norm_bytes,
+    read_once,
+    rotary_bytes,
+    softmax_bytes,
+)
 from megalm.tools.bench_orders import format_table, installed_table, orders, write_orders
 from megalm.tools.bench_workloads import (
     MEMORY_TARGETS,
     SIZES,
     TABLES,
     TARGETS,
-    adam_bytes,
-    all_of_it,
     asked,
-    causal_bytes,
-    dropout_bytes,
-    in_place_bytes,
-    loss_bytes,
-    norm_bytes,
     operations,
-    rotary_bytes,
-    softmax_bytes,
     workloads,
 )
 from megalm.tools.build_kernels import build_shim
@@ -55,6 +58,7 @@ def test_bytes_are_what_must_be_read_and_written_once():
     causal = torch.empty(2, 4, 4, dtype=torch.bfloat16)                               # 64 bytes, 10 of 16 elements seen
     assert causal_bytes([causal], [causal]) == (40 + 64, 2 * 40 + 64)
     assert in_place_bytes([X, *tables], [X, X, X]) == (4 * 64 + 64,)
+    assert read_once([X, X], [X]) == (3 * 64,)
     assert adam_bytes([torch.empty(10), torch.empty(5)], []) == (28 * 15,)
 
 
@@ -85,6 +89,7 @@ def test_every_target_is_of_a_workload():
     assert fractions["norm layer_norm 1024x12288", "backward"] == 0.55
     assert fractions["norm rms_norm 32768x4096 residual", "forward"] == 0.90
     assert fractions["cross_entropy linear 8192x4096x131072", "step"] == 0.85
+    assert fractions["decode 32x4096x1x32x8x128 pages of 64", "step"] == 0.85
 
 
 def record(op, ranks=True, **totals):
