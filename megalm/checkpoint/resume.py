@@ -13,7 +13,8 @@ from megalm.checkpoint.format import CHECKPOINTS, TOKENIZER, CheckpointError, re
 
 CHECKED = ("model", "data", "tokenizer", "optimizer", "batch.global", "train.seed", "train.z_loss", "train.label_smoothing")
 """Settings that shape the numbers; a resume with others isn't the same run."""
-NEWER = {"train.z_loss": 0.0, "train.label_smoothing": 0.0, "data.document_mask": False, "data.reset_positions": False}
+NEWER = {"train.z_loss": 0.0, "train.label_smoothing": 0.0, "data.document_mask": False, "data.reset_positions": False,
+         "model.parallel_residual": False, "model.sliding_window": None, "model.rotary_fraction": 1.0}
 """What those that a checkpoint may be older than were in its run."""
 FREE = ("model.vocab_multiple", "data.cache", "tokenizer.path")
 """Among these, the ones that don't: padding never wins a logit, a cache can lie anywhere, and of a tokenizer's file the
@@ -57,11 +58,20 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any], names: Sequence[str] = CHECKED) -> list[Difference]:
     """The settings of these names that two resolved configs (config.json's content) don't share, in the order of their paths."""
-    newer = {path: value for path, value in NEWER.items() if _among(path, names)}
-    sides = [newer | {path: value for path, value in flatten(side).items() if _among(path, names)} for side in (stored, current)]
+    sides = [{path: value for path, value in (_newer(side) | flatten(side)).items() if _among(path, names)}
+             for side in (stored, current)]
     paths = list(dict.fromkeys([*sides[0], *sides[1]]))
     pairs = [Difference(path, sides[0].get(path, MISSING), sides[1].get(path, MISSING)) for path in paths]
     return [pair for pair in pairs if pair.stored is MISSING or pair.current is MISSING or pair.stored != pair.current]
+
+
+def _newer(side: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint may be older than, as they were in its run."""
+    model = side.get("model", {})
+    derived = {"model.qkv_bias": model.get("bias"), "model.mlp_bias": model.get("bias")}
+    if "hidden_size" in model and "num_attention_heads" in model:
+        derived["model.head_dim"] = model["hidden_size"] // model["num_attention_heads"]
+    return NEWER | {path: value for path, value in derived.items() if value is not None}
 
 
 def _among(path: str, names: Sequence[str]) -> bool:

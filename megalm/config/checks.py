@@ -38,18 +38,20 @@ def _value(config: Config, key: str) -> int:
 
 def _heads(config: Config) -> Iterator[Problem]:
     model, tp = config.model, config.parallel.tp
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    yield from _divides(config, "model.num_attention_heads", "model.hidden_size")
+    groups = model.num_query_groups
+    if "head_dim" not in model.model_fields_set:
+        yield from _divides(config, "model.num_attention_heads", "model.hidden_size", "; model.head_dim can be stated")
     yield from _divides(config, "model.num_query_groups", "model.num_attention_heads")
     yield from _divides(config, "parallel.tp", "model.num_attention_heads")
     if groups % tp and tp % groups:
         yield Problem(("model.num_query_groups", "parallel.tp", "model.num_attention_heads"),
                       f"model.num_query_groups: {groups} groups on parallel.tp = {tp}: one must divide the other, "
                       "so that every tp rank holds whole groups or all of them")
-    if model.position_embedding == "rotary" and model.head_dim % 2:
-        yield Problem(("model.hidden_size", "model.num_attention_heads", "model.position_embedding"),
-                      f"model.position_embedding: rotary needs an even head size, "
-                      f"not {model.hidden_size} / {heads} = {model.head_dim}")
+    if model.position_embedding == "rotary" and (model.rotary_dim % 2 or model.rotary_dim == 0):
+        yield Problem(("model.head_dim", "model.rotary_fraction", "model.hidden_size", "model.num_attention_heads",
+                       "model.position_embedding"),
+                      f"model.position_embedding: rotary needs an even number of rotated elements, not {model.rotary_dim} of "
+                      f"head_dim {model.head_dim}")
 
 
 def _widths(config: Config) -> Iterator[Problem]:
@@ -62,9 +64,10 @@ def _widths(config: Config) -> Iterator[Problem]:
 
 def _positions(config: Config) -> Iterator[Problem]:
     model = config.model
-    if model.rotary_scaling is not None and model.position_embedding != "rotary":
-        yield Problem(("model.rotary_scaling", "model.position_embedding"),
-                      f'model.rotary_scaling: has no meaning with model.position_embedding = "{model.position_embedding}"')
+    for name, default in (("rotary_scaling", None), ("rotary_fraction", 1.0)):
+        if getattr(model, name) != default and model.position_embedding != "rotary":
+            yield Problem((f"model.{name}", "model.position_embedding"),
+                          f'model.{name}: has no meaning with model.position_embedding = "{model.position_embedding}"')
     low, high = (getattr(model.rotary_scaling, name, None) for name in ("low_freq_factor", "high_freq_factor"))
     if low is not None and high <= low:
         yield Problem(("model.rotary_scaling",),

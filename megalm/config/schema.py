@@ -54,13 +54,16 @@ class Model(Section):
     hidden_size: Positive
     """Width of the residual stream."""
     num_attention_heads: Positive
-    """Query heads; hidden_size is a multiple of it."""
+    """Query heads."""
+    head_dim: Positive | None = Field(None, validate_default=True)
+    """Elements of one attention head; default: hidden_size / num_attention_heads, which must then be whole."""
     num_query_groups: Positive | None = Field(None, validate_default=True)
     """Key/value heads (GQA); default: as many as query heads, 1 is MQA."""
-    activation: Literal["gelu", "swiglu", "geglu"] = "gelu"
-    """gelu is the tanh form, as GPT-2 and Megatron have it; swiglu and geglu multiply it, or silu, by a second projection."""
+    activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
+    """gelu is the tanh form, as GPT-2 and Megatron have it, gelu_exact has erf; swiglu and geglu multiply silu, or gelu, by a second
+    projection."""
     ffn_hidden_size: Positive | None = Field(None, validate_default=True)
-    """Width of the MLP; default: 4 hidden_size for gelu, 8/3 hidden_size rounded up to a multiple of 64 for the others."""
+    """Width of the MLP; default: 4 hidden_size without a gate, 8/3 hidden_size rounded up to a multiple of 64 for the others."""
     seq_length: Positive
     """Tokens a sample."""
     normalization: Literal["layer_norm", "rms_norm"] = "layer_norm"
@@ -77,14 +80,24 @@ class Model(Section):
     """Added to the variance."""
     bias: bool = True
     """Biases of the linear layers."""
+    qkv_bias: bool | None = Field(None, validate_default=True)
+    """Biases of query, key and value; default: as bias."""
+    mlp_bias: bool | None = Field(None, validate_default=True)
+    """Biases of the MLP; default: as bias."""
     qk_norm: bool = False
     """Norms over head_dim on queries and keys."""
+    parallel_residual: bool = False
+    """Attention and MLP both read the layer's input, and both outputs are added to it (GPT-J, GPT-NeoX)."""
+    sliding_window: Positive | None = None
+    """Keys that a query sees, its own included (Mistral); default: all before it."""
     dropout: Probability = 0.0
     """Probability of dropping an element of the embedding, attention and MLP outputs."""
     attention_dropout: Probability = 0.0
     """Probability of dropping an attention weight."""
     rotary_theta: PositiveFloat = 10000.0
     """Base of the rotary wavelengths."""
+    rotary_fraction: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] = 1.0
+    """Share of a head's elements that is rotated, the first ones (GPT-NeoX); rounded down to a whole number."""
     rotary_scaling: Annotated[LinearScaling | Llama3Scaling, Field(discriminator="type")] | None = None
     """Stretches rotary positions to longer sequences; default: not at all."""
     init_std: PositiveFloat = 0.02
@@ -95,18 +108,29 @@ class Model(Section):
     def _as_many_groups_as_heads(cls, groups: int | None, info: ValidationInfo) -> int | None:
         return info.data.get("num_attention_heads") if groups is None else groups
 
+    @field_validator("head_dim")
+    @classmethod
+    def _usual_head(cls, size: int | None, info: ValidationInfo) -> int | None:
+        hidden, heads = info.data.get("hidden_size"), info.data.get("num_attention_heads")
+        return max(1, hidden // heads) if size is None and hidden and heads else size
+
+    @field_validator("qkv_bias", "mlp_bias")
+    @classmethod
+    def _as_the_others(cls, bias: bool | None, info: ValidationInfo) -> bool | None:
+        return info.data.get("bias") if bias is None else bias
+
     @field_validator("ffn_hidden_size")
     @classmethod
     def _usual_ffn(cls, ffn: int | None, info: ValidationInfo) -> int | None:
         hidden = info.data.get("hidden_size")
         if ffn is not None or hidden is None:
             return ffn
-        return 4 * hidden if info.data.get("activation") == "gelu" else -(-8 * hidden // (3 * 64)) * 64
+        return 4 * hidden if info.data.get("activation") in ("gelu", "gelu_exact") else -(-8 * hidden // (3 * 64)) * 64
 
     @property
-    def head_dim(self) -> int:
-        """Elements of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def rotary_dim(self) -> int:
+        """Elements of one head that are rotated."""
+        return int(self.head_dim * self.rotary_fraction)
 
     @property
     def gated(self) -> bool:

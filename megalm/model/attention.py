@@ -38,7 +38,7 @@ class SharedKeyValue(nn.Module):
         rows, columns = groups * self.size, model.hidden_size
         self.key_weight, self.value_weight = (part(f"{w}.weight", (rows, columns), build.std) for w in ("key", "value"))
         self.key_bias = self.value_bias = None
-        if model.bias:
+        if model.qkv_bias:
             self.key_bias, self.value_bias = (part(f"{w}.bias", (rows,), None) for w in ("key", "value"))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
         self.groups = max(1, model.num_query_groups // tp.size)
         name, size, hidden = f"layers.{index}.attention", model.head_dim, model.hidden_size
         query, key_value = model.num_attention_heads * size, model.num_query_groups * size
-        options = dict(bias=model.bias, std=build.std, tp=tp, dtype=build.dtype, device=build.device)
+        options = dict(bias=model.qkv_bias, std=build.std, tp=tp, dtype=build.dtype, device=build.device)
         if model.num_query_groups >= tp.size:
             names = [f"{name}.{part}" for part in ("query", "key", "value")]
             self.qkv, self.shared = ColumnParallelLinear(names, [query, key_value, key_value], hidden, **options), None
@@ -71,7 +71,9 @@ class SelfAttention(nn.Module):
             self.shared = SharedKeyValue(name, build)
         self.query_norm = Norm(f"{name}.query_norm", size, build, partial=True) if model.qk_norm else None
         self.key_norm = Norm(f"{name}.key_norm", size, build, partial=True) if model.qk_norm else None
-        self.projection = RowParallelLinear(f"{name}.projection", hidden, query, **{**options, "std": build.residual_std})
+        self.projection = RowParallelLinear(f"{name}.projection", hidden, query,
+                                            **{**options, "bias": model.bias, "std": build.residual_std})
+        self.window = None if model.sliding_window is None else (model.sliding_window - 1, 0)
         self.tables = build.rotary_tables if model.position_embedding == "rotary" else None
         self.recomputes = build.recomputes_scores
         self.cache: LayerCache | None = None  # set while generation adds to one
@@ -80,7 +82,7 @@ class SelfAttention(nn.Module):
         query, key, value = self._project(x, place)  # [s/tp or s, b, h] -> [s, b, H/tp or G/tp, d]
         if self.cache is not None:
             kernels = self.build.config.kernels
-            context = self.cache.attend(query, key, value, kernels.attention, kernels.softmax)
+            context = self.cache.attend(query, key, value, self.window, kernels.attention, kernels.softmax)
         elif self.recomputes and torch.is_grad_enabled():
             context = checkpoint(self._core, query, key, value, place, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -115,7 +117,7 @@ class SelfAttention(nn.Module):
         keyed = dropout > 0.0
         assert not keyed or place is not None, "dropout without a step context"
         return attention(
-            query, key, value, causal=True, documents=self.build.documents(place), dropout=dropout,
+            query, key, value, causal=True, window=self.window, documents=self.build.documents(place), dropout=dropout,
             backend=config.kernels.attention, softmax=config.kernels.softmax,
             key=DropoutKey(place.seed, place.step, self.number, ATTENTION_SCORES) if keyed else None,
             samples=place.samples if keyed else None,

@@ -67,9 +67,9 @@ class Build:
 
     @cached_property
     def rotary_tables(self) -> tuple[Tensor, Tensor]:
-        """(cos, sin) [s, d/2] of all positions, which every layer shares."""
+        """(cos, sin) [s, r/2] of all positions, which every layer shares; r is rotary_dim."""
         model = self.config.model
-        return rotary.rotary_tables(model.seq_length, model.head_dim, model.rotary_theta, model.rotary_scaling, self.device)
+        return rotary.rotary_tables(model.seq_length, model.rotary_dim, model.rotary_theta, model.rotary_scaling, self.device)
 
 
 def layer_number(index: int, build: Build) -> int | Tensor:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from megalm.ops.attention import attention
+from megalm.ops.attention import UNBOUNDED, attention
 from megalm.ops.decode import decode
 
 FEW = 16
@@ -88,12 +88,13 @@ class LayerCache:
             return table[self.whole.start:self.whole.end].unsqueeze(1)
         return table[self.whole.positions]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, backend: str, softmax: str) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int] | None, backend: str,
+               softmax: str) -> Tensor:
         """Causal attention of the new tokens [n, b, H or G, d] to all: [n, b, H, d]. A prompt takes attention's `backend`."""
         keys, values = self._append(key, value)
         if self.whole.start == 0 or self.whole.seen is None and query.shape[0] > FEW:
-            return attention(query, keys, values, causal=True, backend=backend, softmax=softmax)
-        return decode(query, keys, values, self.whole.seen)
+            return attention(query, keys, values, causal=True, window=window, backend=backend, softmax=softmax)
+        return decode(query, keys, values, self.whole.seen, left=UNBOUNDED if window is None else window[0])
 
     def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Views [s, b, G, d] of all keys and values, the new ones included."""

@@ -61,7 +61,8 @@ class Position(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))): the pre-norm order of GPT-2 and Llama."""
+    """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))): the pre-norm order of GPT-2 and Llama; with
+    parallel_residual x + dropout(attention(norm(x))) + dropout(mlp(norm'(x))) (Wang and Komatsuzaki, GPT-J-6B, 2021)."""
 
     def __init__(self, index: int, build: Build):
         super().__init__()
@@ -87,11 +88,20 @@ class TransformerLayer(nn.Module):
 
     def run(self, hidden: Tensor, place: Place | None) -> Tensor:
         attended = self.attention(self.attention_norm(hidden), place)
+        if self.build.config.model.parallel_residual:
+            return self._both(hidden, attended, place)
         if not self.training or self.build.config.model.dropout == 0.0:
             normed, hidden = self.mlp_norm(attended, residual=hidden)
             return hidden + self.mlp(normed)
         hidden = self._dropped(attended, hidden, place, ATTENTION_OUTPUT)
         return self._dropped(self.mlp(self.mlp_norm(hidden)), hidden, place, MLP_OUTPUT)
+
+    def _both(self, hidden: Tensor, attended: Tensor, place: Place | None) -> Tensor:
+        """The layer's output where the MLP doesn't wait for attention."""
+        fed = self.mlp(self.mlp_norm(hidden))
+        if not self.training or self.build.config.model.dropout == 0.0:
+            return hidden + attended + fed
+        return self._dropped(fed, self._dropped(attended, hidden, place, ATTENTION_OUTPUT), place, MLP_OUTPUT)
 
     def _dropped(self, x: Tensor, residual: Tensor, place: Place, op: int) -> Tensor:
         config = self.build.config

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megalm.model.build import Build
-from megalm.ops.activation import geglu, gelu, swiglu
+from megalm.ops.activation import geglu, gelu, gelu_exact, swiglu
 from megalm.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
-ACTIVATIONS = {"gelu": gelu, "swiglu": swiglu, "geglu": geglu}
+ACTIVATIONS = {"gelu": gelu, "gelu_exact": gelu_exact, "swiglu": swiglu, "geglu": geglu}
 
 
 class MLP(nn.Module):
@@ -19,7 +19,7 @@ class MLP(nn.Module):
         model = build.config.model
         self.activation, self.backend = ACTIVATIONS[model.activation], build.config.kernels.activation
         name, hidden, ffn = f"layers.{index}.mlp", model.hidden_size, model.ffn_hidden_size
-        options = dict(bias=model.bias, std=build.std, tp=build.tp, dtype=build.dtype, device=build.device)
+        options = dict(bias=model.mlp_bias, std=build.std, tp=build.tp, dtype=build.dtype, device=build.device)
         names = [f"{name}.gate", f"{name}.up"] if model.gated else [f"{name}.up"]
         self.up = ColumnParallelLinear(names, [ffn] * len(names), hidden, **options)
         self.down = RowParallelLinear(f"{name}.down", hidden, ffn, **{**options, "std": build.residual_std})

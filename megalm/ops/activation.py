@@ -1,6 +1,7 @@
 """The activations of the feed-forward block.
 
     gelu     0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))   (Hendrycks, Gimpel, 2016, the tanh form of GPT-2 and Megatron-LM)
+    gelu_exact  x/2 (1 + erf(x / sqrt 2))                        (the same paper's own form)
     swiglu   silu(gate) * up,  silu(x) = x sigmoid(x)            (Shazeer, "GLU variants improve Transformer", 2020)
     geglu    gelu(gate) * up                                     (the same)
 
@@ -26,21 +27,27 @@ from megalm.ops.registry import Features, choose, register
 
 def gelu(x: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """gelu(x + bias) in the tanh form: x [..., f], bias [f] -> [..., f]."""
-    gelu_, _, _ = choose("activation", backend, Features(x.device.type, x.dtype, ("gelu",)))[0]
+    gelu_, *_ = choose("activation", backend, Features(x.device.type, x.dtype, ("gelu",)))[0]
     return gelu_(x, bias)
+
+
+def gelu_exact(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """x/2 (1 + erf(x / sqrt 2)): x [..., f] -> [..., f]."""
+    *_, exact = choose("activation", backend, Features(x.device.type, x.dtype, ("gelu_exact",)))[0]
+    return exact(x)
 
 
 def swiglu(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
     """silu(gate) * up: gate_up [..., 2f], the gate in its first half -> [..., f]. Raises ValueError for an odd last dim."""
     _check_gated("swiglu", gate_up)
-    _, swiglu_, _ = choose("activation", backend, Features(gate_up.device.type, gate_up.dtype, ("swiglu",)))[0]
+    _, swiglu_, *_ = choose("activation", backend, Features(gate_up.device.type, gate_up.dtype, ("swiglu",)))[0]
     return swiglu_(gate_up)
 
 
 def geglu(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
     """gelu(gate) * up in the tanh form, otherwise as `swiglu`."""
     _check_gated("geglu", gate_up)
-    _, _, geglu_ = choose("activation", backend, Features(gate_up.device.type, gate_up.dtype, ("geglu",)))[0]
+    _, _, geglu_, _ = choose("activation", backend, Features(gate_up.device.type, gate_up.dtype, ("geglu",)))[0]
     return geglu_(gate_up)
 
 
@@ -55,6 +62,11 @@ def _definition(y: Tensor) -> Tensor:
 
 def _reference_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     return _definition(wide(x if bias is None else x + bias)).to(x.dtype)
+
+
+def _reference_exact(x: Tensor) -> Tensor:
+    y = wide(x)
+    return (0.5 * y * (1 + torch.erf(y / math.sqrt(2)))).to(x.dtype)
 
 
 def _reference_swiglu(gate_up: Tensor) -> Tensor:
@@ -130,5 +142,6 @@ def _both(gated) -> tuple[partial, partial]:
 
 
 register("activation", {"megalm": megalm_kernels, "liger": package("liger_kernel", "liger_kernel.ops")},
-         megalm=(kernels.gelu, kernels.swiglu, kernels.geglu), torch=(_torch_gelu, *_both(_torch_gated)),
-         liger=(None, *_both(_liger_gated)), reference=(_reference_gelu, _reference_swiglu, _reference_geglu))
+         megalm=(kernels.gelu, kernels.swiglu, kernels.geglu, None), torch=(_torch_gelu, *_both(_torch_gated), F.gelu),
+         liger=(None, *_both(_liger_gated), None),
+         reference=(_reference_gelu, _reference_swiglu, _reference_geglu, _reference_exact))

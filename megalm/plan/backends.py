@@ -33,7 +33,8 @@ def intended_backends(config: Config) -> dict[str, str]:
 def attention_traits(config: Config) -> tuple[str, ...]:
     """What the model's attention asks of a backend: the traits that its calls have (ops/attention.py, Rules.traits)."""
     fused, dropout, documents = has_attention_kernel(config), config.model.attention_dropout > 0, config.data.document_mask
-    asked = {"documents": documents, "masked": documents and fused and not dropout, "dropout": dropout,
+    narrowed = documents or config.model.sliding_window is not None
+    asked = {"documents": documents, "masked": narrowed and fused and not dropout, "dropout": dropout,
              "scores": not fused and not dropout}
     return (*(trait for trait, is_asked in asked.items() if is_asked), _head_dim(config))
 

@@ -19,9 +19,11 @@ def layer_forward(config: Config) -> float:
 
 
 def attention_core_forward(config: Config) -> float:
-    """FLOPs of scores and context, forward, for each token: two products over half of seq_length keys on average."""
-    model = config.model
-    return 2 * 2.0 * model.num_attention_heads * model.head_dim * (model.seq_length + 1) / 2
+    """FLOPs of scores and context, forward, for each token: two products over the keys it sees, half of seq_length on average;
+    of a sliding window the first queries see fewer than it holds."""
+    model, s = config.model, config.model.seq_length
+    window = min(model.sliding_window or s, s)
+    return 2 * 2.0 * model.num_attention_heads * model.head_dim * (window * (window + 1) / 2 + (s - window) * window) / s
 
 
 def head_forward(config: Config, padded_vocab_size: int) -> float:

@@ -90,7 +90,7 @@ def _attention(config: Config, plan: Plan, layer: str, shared: str) -> Iterator[
     query, key_value = model.num_attention_heads * d, model.num_query_groups * d
     split = model.num_query_groups >= plan.tp
     yield from _norm(config, layer, f"{name}.norm", h, shared)
-    for suffix, columns in (("weight", (h,)), ("bias", ())) if model.bias else (("weight", (h,)),):
+    for suffix, columns in (("weight", (h,)), ("bias", ())) if model.qkv_bias else (("weight", (h,)),):
         fused = f"{name}.qkv.{suffix}" if split else None
         yield _sharded(layer, f"{name}.query.{suffix}", (query, *columns), 0, fused)
         for which in ("key", "value"):
@@ -111,12 +111,12 @@ def _mlp(config: Config, layer: str, shared: str) -> Iterator[Part]:
     h, ffn = model.hidden_size, model.ffn_hidden_size
     wide = ("gate", "up") if model.gated else ("up",)
     yield from _norm(config, layer, f"{name}.norm", h, shared)
-    for suffix, columns in (("weight", (h,)), ("bias", ())) if model.bias else (("weight", (h,)),):
+    for suffix, columns in (("weight", (h,)), ("bias", ())) if model.mlp_bias else (("weight", (h,)),):
         fused = f"{name}.gate_up.{suffix}" if len(wide) == 2 else None
         for which in wide:
             yield _sharded(layer, f"{name}.{which}.{suffix}", (ffn, *columns), 0, fused)
     yield _sharded(layer, f"{name}.down.weight", (h, ffn), 1)
-    if model.bias:
+    if model.mlp_bias:
         yield _whole(layer, f"{name}.down.bias", (h,), shared)
 
 

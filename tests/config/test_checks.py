@@ -19,7 +19,8 @@ IMPOSSIBLE = [
     (dict(model={"vocab_multiple": 10}, parallel={"tp": 4}), "model.vocab_multiple: 10 is not divisible by parallel.tp = 4"),
     (dict(model={"seq_length": 33}, parallel={"tp": 2, "sequence_parallel": True}),
      "model.seq_length: 33 is not divisible by parallel.tp = 2, as parallel.sequence_parallel asks"),
-    (dict(model={"hidden_size": 72, "position_embedding": "rotary"}), "rotary needs an even head size, not 72 / 8 = 9"),
+    (dict(model={"hidden_size": 72, "position_embedding": "rotary"}),
+     "rotary needs an even number of rotated elements, not 9 of head_dim 9"),
     (dict(model={"rotary_scaling": {"type": "linear", "factor": 2}}),
      'model.rotary_scaling: has no meaning with model.position_embedding = "learned"'),
     (dict(model={"position_embedding": "rotary", "rotary_scaling": {
@@ -38,6 +39,9 @@ IMPOSSIBLE = [
      'schedule.decay_steps: 3 given, but schedule.decay = "constant" has no decay'),
     (dict(schedule={"decay": "wsd", "warmup_steps": 8, "decay_steps": 3}),
      "schedule.decay_steps: 3 + warmup_steps 8 is more than train.steps = 10"),
+    (dict(model={"position_embedding": "rotary", "rotary_fraction": 0.1, "head_dim": 8}),
+     "rotary needs an even number of rotated elements, not 0 of head_dim 8"),
+    (dict(model={"rotary_fraction": 0.5}), 'model.rotary_fraction: has no meaning with model.position_embedding = "learned"'),
     (dict(tokenizer={"path": "x"}), 'tokenizer.path: "x" given, but type "bytes" has no file'),
     (dict(tokenizer={"type": "sentencepiece"}), 'tokenizer.path: missing, type "sentencepiece" needs it'),
     (dict(tokenizer={"type": "sentencepiece", "path": "x", "eod": "</s>"}),
@@ -56,6 +60,8 @@ IMPOSSIBLE = [
 ]
 
 POSSIBLE = [
+    dict(model={"hidden_size": 60, "num_attention_heads": 8, "head_dim": 16}),
+    dict(model={"position_embedding": "rotary", "rotary_fraction": 0.25, "head_dim": 16, "parallel_residual": True}),
     dict(model={"num_query_groups": 2}, parallel={"tp": 8}),
     dict(model={"num_query_groups": 1}, parallel={"tp": 4}),
     dict(model={"num_query_groups": 4}, parallel={"tp": 2}),

@@ -95,7 +95,7 @@ def test_wrong_override(override, message, tmp_path):
     ("model", {"num_layers": 0}, "model.num_layers: a value of at least 1 expected, 0 given"),
     ("model", {"tie_embeddings": 1}, "model.tie_embeddings: true or false expected, 1 given"),
     ("model", {"dropout": 1.0}, "model.dropout: a value less than 1 expected, 1.0 given"),
-    ("model", {"activation": "relu"}, "model.activation: 'gelu', 'swiglu' or 'geglu' expected, \"relu\" given"),
+    ("model", {"activation": "relu"}, "model.activation: 'gelu', 'gelu_exact', 'swiglu' or 'geglu' expected, \"relu\" given"),
     ("model", {"rotary_scaling": {"type": "ntk"}},
      "model.rotary_scaling: a type out of 'linear', 'llama3' expected, {\"type\": \"ntk\"} given"),
     ("model", {"rotary_scaling": {"type": "linear"}}, "model.rotary_scaling.factor: missing, it has no default"),

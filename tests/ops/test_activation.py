@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megalm.ops import activation as module
-from megalm.ops.activation import geglu, gelu, swiglu
+from megalm.ops.activation import geglu, gelu, gelu_exact, swiglu
 from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
 from tests.ops.dtypes import DTYPES
 
@@ -26,17 +26,22 @@ def plain_geglu(gate_up):
 
 
 GATED = {"swiglu": swiglu, "geglu": geglu}
-PLAIN = {"swiglu": plain_swiglu, "geglu": plain_geglu, "gelu": lambda x, bias: F.gelu(x + bias, approximate="tanh")}
+PLAIN = {"swiglu": plain_swiglu, "geglu": plain_geglu, "gelu": lambda x, bias: F.gelu(x + bias, approximate="tanh"),
+         "gelu_exact": F.gelu}
 
 
 def call(name, backend):
     if name in GATED:
         return lambda x: GATED[name](x, backend=backend)
+    if name == "gelu_exact":
+        return lambda x: gelu_exact(x, backend=backend)
     return lambda x, bias: gelu(x, bias, backend=backend)
 
 
 def inputs(name, shape):
-    return [3 * randn(*shape[:-1], 2 * shape[-1])] if name in GATED else [3 * randn(*shape), randn(shape[-1], seed=1)]
+    if name == "gelu":
+        return [3 * randn(*shape), randn(shape[-1], seed=1)]
+    return [3 * randn(*shape[:-1], 2 * shape[-1] if name in GATED else shape[-1])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

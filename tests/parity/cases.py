@@ -150,6 +150,15 @@ def extra_cases() -> Iterator[Case]:
     yield Case("llama", 2, 2, 2, True, label="fused", model=(("attention_dropout", 0.0),), recompute="selective")
     # Without dropout of hidden states the second norm of a layer adds the residual itself.
     yield Case("llama", 2, 1, 2, True, label="geglu", model=(("activation", "geglu"), ("dropout", 0.0)), zero_stage=3)
+    # GPT-NeoX: both branches read one input, half of a head is rotated, gelu by erf. Mistral's window, Qwen's biases and heads.
+    neox = (("tie_embeddings", False), ("position_embedding", "rotary"), ("rotary_fraction", 0.5), ("parallel_residual", True),
+            ("activation", "gelu_exact"), ("num_query_groups", 8))
+    windowed = (("sliding_window", 12), ("qkv_bias", True), ("head_dim", 16))
+    for sizes in ((2, 1, 1, True), (1, 2, 1, False)):
+        yield Case("llama", *sizes, label="neox", model=(*neox, ("normalization", "layer_norm"), ("bias", True)))
+        yield Case("llama", *sizes, label="windowed", model=windowed, optimizer="sgd")
+    yield Case("llama", 2, 1, 1, label="neox-no_dropout", model=(*neox, ("dropout", 0.0), ("attention_dropout", 0.0)))
+    yield Case("llama", 4, 1, 1, True, label="windowed-groups2", model=(*windowed, ("num_query_groups", 2), ("mlp_bias", True)))
     yield Case("gpt2", 1, 2, 1, label="silent", silent_step=4, optimizer="sgd")
     yield Case("llama", 2, 1, 1, label="silent", silent_step=4, zero_stage=0)
     yield Case("gpt2", 2, 2, 2, True, label="bf16", dtype="bf16")

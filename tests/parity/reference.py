@@ -44,16 +44,18 @@ class Shape:
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
     bias: bool = True
+    qkv_bias: bool = True
+    mlp_bias: bool = True
     qk_norm: bool = False
+    parallel_residual: bool = False
+    sliding_window: int | None = None
+    head_dim: int = 0
     dropout: float = 0.0
     attention_dropout: float = 0.0
     rotary_theta: float = 10000.0
+    rotary_fraction: float = 1.0
     rotary_scaling: dict | None = None
     init_std: float = 0.02
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def of(cls, model, vocab_size: int, padded_vocab_size: int) -> Shape:
@@ -74,9 +76,9 @@ def part_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
         if shape.normalization == "layer_norm":
             parts[f"{name}.bias"] = (width,)
 
-    def linear(name: str, rows: int, columns: int) -> None:
+    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
         parts[f"{name}.weight"] = (rows, columns)
-        if shape.bias:
+        if bias:
             parts[f"{name}.bias"] = (rows,)
 
     if shape.position_embedding == "learned":
@@ -84,16 +86,16 @@ def part_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     for i in range(shape.num_layers):
         norm(f"layers.{i}.attention.norm", h)
         for name, rows in (("query", H * d), ("key", G * d), ("value", G * d)):
-            linear(f"layers.{i}.attention.{name}", rows, h)
+            linear(f"layers.{i}.attention.{name}", rows, h, shape.qkv_bias)
         if shape.qk_norm:
             norm(f"layers.{i}.attention.query_norm", d)
             norm(f"layers.{i}.attention.key_norm", d)
-        linear(f"layers.{i}.attention.projection", h, H * d)
+        linear(f"layers.{i}.attention.projection", h, H * d, shape.bias)
         norm(f"layers.{i}.mlp.norm", h)
-        if shape.activation != "gelu":
-            linear(f"layers.{i}.mlp.gate", f, h)
-        linear(f"layers.{i}.mlp.up", f, h)
-        linear(f"layers.{i}.mlp.down", h, f)
+        if shape.activation in ("swiglu", "geglu"):
+            linear(f"layers.{i}.mlp.gate", f, h, shape.mlp_bias)
+        linear(f"layers.{i}.mlp.up", f, h, shape.mlp_bias)
+        linear(f"layers.{i}.mlp.down", h, f, shape.mlp_bias)
     norm("final_norm", h)
     if not shape.tie_embeddings:
         parts["head.weight"] = (V, h)
@@ -175,8 +177,9 @@ def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def rotary_angles(shape: Shape, length: int) -> Tensor:
-    """Angles [s, d/2] in fp64: position x frequency, the frequency changed by rotary_scaling (linear, or Llama 3.1's)."""
-    d, scaling = shape.head_dim, shape.rotary_scaling
+    """Angles [s, r/2] of the r rotated elements of a head in fp64: position x frequency, the latter changed by
+    rotary_scaling (linear, or Llama 3.1's)."""
+    d, scaling = int(shape.head_dim * shape.rotary_fraction), shape.rotary_scaling
     frequency = shape.rotary_theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     if scaling and scaling["type"] == "linear":
         frequency = frequency / scaling["factor"]
@@ -189,11 +192,12 @@ def rotary_angles(shape: Shape, length: int) -> Tensor:
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Half-split rotation of x [b, s, heads, d] by angles [b, s, d/2]: pairs are (i, i + d/2)."""
+    """Half-split rotation of the first r elements of x [b, s, heads, d] by angles [b, s, r/2]: pairs are (i, i + r/2)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = angles.cos().to(wide).unsqueeze(2), angles.sin().to(wide).unsqueeze(2)  # [b, s, 1, d/2]
-    left, right = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+    cos, sin = angles.cos().to(wide).unsqueeze(2), angles.sin().to(wide).unsqueeze(2)  # [b, s, 1, r/2]
+    turned = 2 * angles.shape[-1]
+    left, right = x[..., :turned].to(wide).chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin, x[..., turned:].to(wide)), dim=-1).to(x.dtype)
 
 
 def _attention(w: Weights, i: int, x: Tensor, shape: Shape, dropout: Dropout | None, packing: Packing) -> Tensor:
@@ -209,8 +213,11 @@ def _attention(w: Weights, i: int, x: Tensor, shape: Shape, dropout: Dropout | N
         q, k = _rotate(q, angles), _rotate(k, angles)
     k, v = (t.repeat_interleave(H // G, dim=2) for t in (k, v))  # [b, s, G, d] -> [b, s, H, d]
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(d)  # [b, H, s, s]
+    unseen = packing.unseen()
+    if shape.sliding_window is not None:
+        unseen = unseen | torch.ones(s, s, dtype=torch.bool).tril(-shape.sliding_window)
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    weights = wide.masked_fill(packing.unseen(), -math.inf).softmax(-1).to(x.dtype)
+    weights = wide.masked_fill(unseen, -math.inf).softmax(-1).to(x.dtype)
     if dropout is not None:
         weights = dropout(weights, i, ATTENTION_SCORES, shape.attention_dropout)
     context = torch.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, s, H * d)
@@ -224,7 +231,7 @@ def _mlp(w: Weights, i: int, x: Tensor, shape: Shape) -> Tensor:
     elif shape.activation == "geglu":
         inner = F.gelu(_linear(w, f"layers.{i}.mlp.gate", x), approximate="tanh") * up
     else:
-        inner = F.gelu(up, approximate="tanh")
+        inner = F.gelu(up, approximate="none" if shape.activation == "gelu_exact" else "tanh")
     return _linear(w, f"layers.{i}.mlp.down", inner)
 
 
@@ -241,8 +248,9 @@ def logits(w: Weights, tokens: Tensor, shape: Shape, dropout: Dropout | None = N
     x = drop(x, 0, EMBEDDING)
     for i in range(shape.num_layers):
         attended = _attention(w, i, _norm(w, f"layers.{i}.attention.norm", x, shape), shape, dropout, packing)
-        x = x + drop(attended, i, ATTENTION_OUTPUT)
-        x = x + drop(_mlp(w, i, _norm(w, f"layers.{i}.mlp.norm", x, shape), shape), i, MLP_OUTPUT)
+        after = x + drop(attended, i, ATTENTION_OUTPUT)
+        before_mlp = x if shape.parallel_residual else after
+        x = after + drop(_mlp(w, i, _norm(w, f"layers.{i}.mlp.norm", before_mlp, shape), shape), i, MLP_OUTPUT)
     x = _norm(w, "final_norm", x, shape)
     head = w["embedding.word.weight" if shape.tie_embeddings else "head.weight"]
     return F.linear(x, head[: shape.vocab_size])

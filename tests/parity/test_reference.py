@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.config.trees import config
 from tests.model import transformers_weights
 from tests.parity import cases, compare, data, reference, references
 
@@ -16,7 +17,7 @@ from tests.parity import cases, compare, data, reference, references
 @pytest.mark.parametrize("name", transformers_weights.MODELS)
 def test_logits_equal_transformers(name: str) -> None:
     model, section, parts = transformers_weights.MODELS[name]()
-    shape = reference.Shape(**section, padded_vocab_size=transformers_weights.PADDED)
+    shape = reference.Shape.of(config(model=section).model, transformers_weights.VOCAB, transformers_weights.PADDED)
     assert {k: tuple(v.shape) for k, v in parts.items()} == reference.part_shapes(shape)
     tokens = transformers_weights.tokens()
     with torch.no_grad():
