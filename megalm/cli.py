@@ -16,6 +16,7 @@ COMMANDS = {
     "preprocess": ("megalm.tools.preprocess", "JSONL or plain text to .bin/.idx"),
     "data": ("megalm.tools.data.__main__", "merge, split, shuffle or inspect token files"),
     "train-tokenizer": ("megalm.tools.train_tokenizer", "train a SentencePiece or byte-level BPE tokenizer on text"),
+    "convert": ("megalm.tools.convert", "checkpoints to Hugging Face folders and back"),
     "generate": ("megalm.tools.generate", "continue a prompt with the model of a checkpoint"),
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megalm import checkpoint
 from megalm.checkpoint import CheckpointError
+from megalm.checkpoint.foreign import sources
 from megalm.config import Config, ConfigError, load
 from megalm.data import DataError, Loader, build_dataset, cache_folder, load_tokenizer
 from megalm.data.tokenizer import Tokenizer
@@ -82,6 +83,8 @@ def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[s
         if source.path is not None:
             notes += checkpoint.load(source.path, engine, groups, weights_only=source.weights_only,
                                      allow_changes=config.checkpoint.allow_changes)
+        if source.foreign is not None:
+            sources.load_foreign(source.foreign, engine, groups, config.model, plan.vocab_size)
         notes += [*plan.notes, *kernels, *(f"data: {share}" for share in loader.dataset.shares)]
         logger = groups.agreed(lambda: Logger(config, plan, rank=groups.rank, first_step=source.step))
         with contextlib.closing(logger):
@@ -111,6 +114,7 @@ def _derive(config: Config, world: World) -> tuple[Tokenizer, Plan, list[str]]:
 class Source:
     """Where a run's weights come from (None: drawn anew), the step it goes on from, and the samples drawn until then.
 
+    `foreign`: another program's weights, as checkpoint.init_from names them.
     `replaces_all`: loading leaves nothing of the initial weights, so that nobody needs to compute them.
     """
 
@@ -120,6 +124,7 @@ class Source:
     weights_only: bool = False
     replaces_all: bool = False
     finished: bool = False
+    foreign: str | None = None
 
 
 def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str]) -> Source:
@@ -128,6 +133,9 @@ def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str]) 
     if resumed is None:
         if config.checkpoint.init_from is None:
             return Source()
+        if sources.kind_of(config.checkpoint.init_from)[0] is not None:
+            sources.open_for(config.checkpoint.init_from, config.model, plan.vocab_size)
+            return Source(foreign=config.checkpoint.init_from)
         first = checkpoint.find(config.checkpoint.init_from, notes.append)
         return Source(first, weights_only=True, replaces_all=checkpoint.replaces_all(first, plan))
     manifest = checkpoint.read_manifest(resumed)

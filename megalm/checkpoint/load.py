@@ -74,6 +74,10 @@ class Stored:
             return entries
         return []
 
+    def release(self) -> None:
+        """Let go of the mapped files until something is read again."""
+        self._files.clear()
+
     def read(self, entry: StoredFragment, first: int, length: int) -> Tensor:
         """Elements [first, first + length) of a stored fragment, as a view of the mapped file."""
         try:
@@ -173,7 +177,7 @@ def fill(target: Fragment, stored: Stored) -> int:
                     continue
                 sizes, strides, first, length = boxes.strides_in(entry, common)
                 source = stored.read(entry, first, length)
-                _box(target, common).copy_(source.as_strided(sizes, strides, source.storage_offset()))
+                box_view(target, common).copy_(source.as_strided(sizes, strides, source.storage_offset()))
                 copied, read = copied + boxes.size(common), read + boxes.size(common) * source.element_size()
     assert copied == expected, f"{target}: {expected - copied:,} of {expected:,} elements are missing"  # `of` found it complete
     return read
@@ -197,7 +201,7 @@ def _near(entries: Iterable[StoredFragment], target: Fragment) -> Iterator[Store
         yield entry
 
 
-def _box(target: Fragment, box: boxes.Box) -> Tensor:
+def box_view(target: Fragment, box: boxes.Box) -> Tensor:
     """The box as a view of the target's own memory."""
     tensor = target.tensor.detach()
     assert tensor.dim() == 1 and tensor.is_contiguous(), f"{target}: not a contiguous 1-D tensor"
@@ -217,12 +221,23 @@ class Weights(Mapping[str, Tensor]):
         """The full shape, without reading the tensor."""
         return self._shapes[part]
 
-    def __getitem__(self, part: str) -> Tensor:
+    def dtype(self, part: str) -> torch.dtype:
+        """The dtype that it is stored in."""
+        return self._stored.of(part, WEIGHT_ROLES[0])[0].dtype
+
+    def rows(self, part: str, low: int, high: int) -> Tensor:
+        """Rows [low, high) along the first dim, in the stored dtype."""
         shape = self._shapes[part]
-        entries = self._stored.of(part, WEIGHT_ROLES[0])
-        tensor = torch.zeros(shape, dtype=entries[0].dtype)
-        fill(Fragment(part, WEIGHT_ROLES[0], shape, None, 0, shape[0], 0, tensor.view(-1), False), self._stored)
-        return tensor
+        rows = torch.empty((high - low, *shape[1:]), dtype=self.dtype(part))
+        fill(Fragment(part, WEIGHT_ROLES[0], shape, 0, low, high, 0, rows.view(-1), False), self._stored)
+        return rows
+
+    def release(self) -> None:
+        """Let go of the mapped files, whose pages count as this process's memory; what is read next maps them again."""
+        self._stored.release()
+
+    def __getitem__(self, part: str) -> Tensor:
+        return self.rows(part, 0, self._shapes[part][0])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

@@ -60,8 +60,8 @@ class Model(Section):
     num_query_groups: Positive | None = Field(None, validate_default=True)
     """Key/value heads (GQA); default: as many as query heads, 1 is MQA."""
     activation: Literal["gelu", "gelu_exact", "swiglu", "geglu"] = "gelu"
-    """gelu is the tanh form, as GPT-2 and Megatron have it, gelu_exact has erf; swiglu and geglu multiply silu, or gelu, by a second
-    projection."""
+    """gelu is the tanh form, as GPT-2 and Megatron have it, gelu_exact has erf; swiglu and geglu multiply silu, or gelu, by
+    a second projection."""
     ffn_hidden_size: Positive | None = Field(None, validate_default=True)
     """Width of the MLP; default: 4 hidden_size without a gate, 8/3 hidden_size rounded up to a multiple of 64 for the others."""
     seq_length: Positive
@@ -297,7 +297,7 @@ class Checkpoint(Section):
     allow_changes: bool = False
     """Resume although model, data, tokenizer, global batch, optimizer or seed differ."""
     init_from: Text | None = None
-    """Start from the weights of this checkpoint, at step 0."""
+    """Start from the weights of this checkpoint, or of hf:PATH, a folder in Hugging Face's format, at step 0."""
 
 
 class Wandb(Section):

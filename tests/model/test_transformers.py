@@ -1,4 +1,4 @@
-"""A model with the same weights gives the logits of transformers' GPT-2, Llama and Qwen3 (QK norm), within 1e-4."""
+"""A model with the weights of a Hugging Face folder gives transformers' logits, within 1e-4, for every family."""
 
 from __future__ import annotations
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-SIZES = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "ffn_hidden_size": 96, "seq_length": 32}
+from megalm.checkpoint.huggingface import open_huggingface
+
+HIDDEN, HEADS, LAYERS, FFN, SEQ = 64, 8, 3, 96, 32
 VOCAB, PADDED = 250, 256
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
 
 
-def _randomise(model: nn.Module) -> nn.Module:
+def randomise(model: nn.Module) -> nn.Module:
     """Every parameter random, norms and biases too, so that a wrongly mapped or unused one shows in the logits."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -19,112 +29,83 @@ def _randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _padded(weight: Tensor) -> Tensor:
+def _llama_like(name: str, **changes: Any) -> nn.Module:
+    import transformers
+
+    settings = {
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS, "num_key_value_heads": 4, "max_position_embeddings": SEQ, "rms_norm_eps": 1e-6,
+        "rope_parameters": ROPE, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(**settings | changes)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def _gpt2(**changes: Any) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = {"vocab_size": VOCAB, "n_positions": SEQ, "n_embd": HIDDEN, "n_layer": LAYERS, "n_inner": FFN, "n_head": HEADS,
+                "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+    return GPT2LMHeadModel(GPT2Config(**settings | changes))
+
+
+def _neox(**changes: Any) -> nn.Module:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    settings = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
+                "num_attention_heads": HEADS, "max_position_embeddings": SEQ, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**settings | changes))
+
+
+BUILD: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": _gpt2,
+    "gpt2-untied": lambda: _gpt2(tie_word_embeddings=False, activation_function="gelu"),
+    "llama": lambda: _llama_like("Llama"),
+    "llama-linear": lambda: _llama_like("Llama", rope_parameters={**ROPE, "rope_type": "linear", "factor": 4.0}),
+    "llama-llama3": lambda: _llama_like("Llama", rope_parameters={**ROPE, **LLAMA3}, tie_word_embeddings=True),
+    "llama-biases": lambda: _llama_like("Llama", attention_bias=True, mlp_bias=True, head_dim=16),
+    "mistral": lambda: _llama_like("Mistral", sliding_window=9, head_dim=16),
+    "qwen2": lambda: _llama_like("Qwen2", rope_parameters={**ROPE, "rope_theta": 1e6}),
+    "qwen2-window": lambda: _llama_like("Qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=0),
+    "qwen3": lambda: _llama_like("Qwen3", head_dim=24),
+    "gpt_neox": lambda: _neox(rope_parameters={**ROPE, "partial_rotary_factor": 0.25}),
+    "gpt_neox-serial": lambda: _neox(use_parallel_residual=False, hidden_act="gelu_new", attention_bias=False),
+}
+
+
+def build(name: str) -> nn.Module:
+    """One of transformers' models with random weights."""
+    return randomise(BUILD[name]())
+
+
+def converted(name: str) -> tuple[nn.Module, dict, dict[str, Tensor]]:
+    """(transformers' model, the megalm model section of the same model, its weights by part, as megalm reads its files)."""
+    model = build(name)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder))
+        found = open_huggingface(folder)
+        parts = {part: _padded(part, weight) for part, weight in found.weights.items()}
+    return model, found.model.model_dump(mode="json"), parts
+
+
+def save(model: nn.Module, folder: Path, **options: Any) -> None:
+    """save_pretrained, without its progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model.save_pretrained(folder, **options)
+
+
+def _padded(part: str, weight: Tensor) -> Tensor:
     """[vocabulary, h] -> [padded vocabulary, h]; the padding is large, so that it shows if it enters a softmax."""
+    if part not in ("embedding.word.weight", "head.weight"):
+        return weight
     return torch.cat((weight, torch.full((PADDED - VOCAB, weight.shape[1]), 3.0)))
 
 
-def gpt2() -> tuple[nn.Module, dict, dict[str, Tensor]]:
-    """(GPT2LMHeadModel, the megalm model section of the same model, its weights by part)."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    h, layers = SIZES["hidden_size"], SIZES["num_layers"]
-    config = GPT2Config(
-        vocab_size=VOCAB, n_positions=SIZES["seq_length"], n_embd=h, n_layer=layers, n_inner=SIZES["ffn_hidden_size"],
-        n_head=SIZES["num_attention_heads"], resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-    )  # fmt: skip
-    model = _randomise(GPT2LMHeadModel(config))
-    state = model.state_dict()
-    parts = {
-        "embedding.word.weight": _padded(state["transformer.wte.weight"]),
-        "embedding.position.weight": state["transformer.wpe.weight"],
-        "final_norm.weight": state["transformer.ln_f.weight"],
-        "final_norm.bias": state["transformer.ln_f.bias"],
-    }
-    for i in range(layers):
-        theirs, ours = f"transformer.h.{i}", f"layers.{i}"
-        for kind in ("weight", "bias"):
-            parts[f"{ours}.attention.norm.{kind}"] = state[f"{theirs}.ln_1.{kind}"]
-            parts[f"{ours}.mlp.norm.{kind}"] = state[f"{theirs}.ln_2.{kind}"]
-            # Conv1D keeps [in, out]; q, k and v lie side by side in out.
-            fused = state[f"{theirs}.attn.c_attn.{kind}"].chunk(3, dim=-1)
-            for name, chunk in zip(("query", "key", "value"), fused, strict=True):
-                parts[f"{ours}.attention.{name}.{kind}"] = chunk.t().contiguous()
-            for name, conv in (("attention.projection", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
-                parts[f"{ours}.{name}.{kind}"] = state[f"{theirs}.{conv}.{kind}"].t().contiguous()
-    return model, SIZES | {"vocab_size": VOCAB, "num_query_groups": SIZES["num_attention_heads"]}, parts
-
-
-_LLAMA_LIKE = {
-    "normalization": "rms_norm", "activation": "swiglu", "position_embedding": "rotary", "tie_embeddings": False,
-    "bias": False, "norm_eps": 1e-6, "num_query_groups": 4, "vocab_size": VOCAB,
-}  # fmt: skip
-
-
-def _llama_like_parts(state: dict[str, Tensor], layers: int, qk_norm: bool) -> dict[str, Tensor]:
-    parts = {
-        "embedding.word.weight": _padded(state["model.embed_tokens.weight"]),
-        "final_norm.weight": state["model.norm.weight"],
-        "head.weight": _padded(state["lm_head.weight"]),
-    }
-    names = {
-        "attention.norm": "input_layernorm", "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
-        "attention.value": "self_attn.v_proj", "attention.projection": "self_attn.o_proj", "mlp.norm": "post_attention_layernorm",
-        "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
-    }  # fmt: skip
-    if qk_norm:
-        names |= {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
-    for i in range(layers):
-        for ours, theirs in names.items():
-            parts[f"layers.{i}.{ours}.weight"] = state[f"model.layers.{i}.{theirs}.weight"]
-    return parts
-
-
-def _llama_like_arguments(scaling: dict | None) -> dict:
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    if scaling:
-        rope |= {"rope_type": scaling["type"], **{k: v for k, v in scaling.items() if k not in ("type", "original_seq_length")}}
-        if "original_seq_length" in scaling:
-            rope["original_max_position_embeddings"] = scaling["original_seq_length"]
-    return {
-        "vocab_size": VOCAB, "hidden_size": SIZES["hidden_size"], "intermediate_size": SIZES["ffn_hidden_size"],
-        "num_hidden_layers": SIZES["num_layers"], "num_attention_heads": SIZES["num_attention_heads"],
-        "num_key_value_heads": _LLAMA_LIKE["num_query_groups"], "max_position_embeddings": SIZES["seq_length"],
-        "rms_norm_eps": _LLAMA_LIKE["norm_eps"], "rope_parameters": rope, "tie_word_embeddings": False,
-        "head_dim": SIZES["hidden_size"] // SIZES["num_attention_heads"], "attention_bias": False, "mlp_bias": False,
-    }  # fmt: skip
-
-
-def llama(scaling: dict | None = None) -> tuple[nn.Module, dict, dict[str, Tensor]]:
-    """(LlamaForCausalLM, the megalm model section of the same model, its weights by part)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = _randomise(LlamaForCausalLM(LlamaConfig(**_llama_like_arguments(scaling))))
-    section = SIZES | _LLAMA_LIKE | {"rotary_scaling": scaling}
-    return model, section, _llama_like_parts(model.state_dict(), SIZES["num_layers"], qk_norm=False)
-
-
-def qwen3() -> tuple[nn.Module, dict, dict[str, Tensor]]:
-    """(Qwen3ForCausalLM: Llama with QK norm, the megalm model section of the same model, its weights by part)."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    arguments = {k: v for k, v in _llama_like_arguments(None).items() if k != "mlp_bias"}
-    model = _randomise(Qwen3ForCausalLM(Qwen3Config(**arguments)))
-    section = SIZES | _LLAMA_LIKE | {"qk_norm": True}
-    return model, section, _llama_like_parts(model.state_dict(), SIZES["num_layers"], qk_norm=True)
-
-
-MODELS = {
-    "gpt2": gpt2,
-    "llama": llama,
-    "llama-linear": lambda: llama({"type": "linear", "factor": 4.0}),
-    "llama-llama3": lambda: llama(
-        {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_seq_length": 16}
-    ),
-    "qwen3": qwen3,
-}
+MODELS = {name: lambda name=name: converted(name) for name in BUILD}
 
 
 def tokens() -> Tensor:
     """int64 [2, 32] random tokens."""
-    return torch.randint(0, VOCAB, (2, SIZES["seq_length"]), generator=torch.Generator().manual_seed(9))
+    return torch.randint(0, VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(9))
