@@ -53,7 +53,8 @@ def _neox(**changes: Any) -> nn.Module:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     settings = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
-                "num_attention_heads": HEADS, "max_position_embeddings": SEQ, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+                "num_attention_heads": HEADS, "max_position_embeddings": SEQ, "bos_token_id": None,
+                "eos_token_id": None}  # fmt: skip
     return GPTNeoXForCausalLM(GPTNeoXConfig(**settings | changes))
 
 

@@ -53,7 +53,8 @@ def family_of(model: Model, wanted: str | None) -> str:
         if not problems:
             return family
     nearest = min(found, key=lambda family: len(found[family]))
-    raise CheckpointError(f"{wanted or 'no family'} can't be this model; {nearest} would need " + "; ".join(found[nearest]))
+    what = f"{wanted} can't be" if wanted else f"no family can be this model; {nearest} is near, but can't be"
+    raise CheckpointError(f"{what} a model with " + "; ".join(found[nearest]))
 
 
 def _unexpressed(family: str, model: Model) -> list[str]:

@@ -62,7 +62,7 @@ def _window(family: str, hf: Mapping[str, Any]) -> int | None:
 
 def config(family: str, model: Any) -> dict[str, Any]:
     """config.json of a model that the family can express; `section` of it says whether it can."""
-    activation = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}.get(model.activation, model.activation)
+    activation = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}.get(model.activation, "silu")
     found = {
         "num_hidden_layers": model.num_layers, "hidden_size": model.hidden_size, "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_query_groups, "intermediate_size": model.ffn_hidden_size, "head_dim": model.head_dim,
