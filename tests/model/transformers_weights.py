@@ -29,7 +29,7 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _llama_like(name: str, **changes: Any) -> nn.Module:
+def llama_like(name: str, **changes: Any) -> nn.Module:
     import transformers
 
     settings = {
@@ -41,7 +41,7 @@ def _llama_like(name: str, **changes: Any) -> nn.Module:
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
-def _gpt2(**changes: Any) -> nn.Module:
+def gpt2(**changes: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     settings = {"vocab_size": VOCAB, "n_positions": SEQ, "n_embd": HIDDEN, "n_layer": LAYERS, "n_inner": FFN, "n_head": HEADS,
@@ -49,7 +49,7 @@ def _gpt2(**changes: Any) -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(**settings | changes))
 
 
-def _neox(**changes: Any) -> nn.Module:
+def neox(**changes: Any) -> nn.Module:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     settings = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
@@ -59,18 +59,18 @@ def _neox(**changes: Any) -> nn.Module:
 
 
 BUILD: dict[str, Callable[[], nn.Module]] = {
-    "gpt2": _gpt2,
-    "gpt2-untied": lambda: _gpt2(tie_word_embeddings=False, activation_function="gelu"),
-    "llama": lambda: _llama_like("Llama"),
-    "llama-linear": lambda: _llama_like("Llama", rope_parameters={**ROPE, "rope_type": "linear", "factor": 4.0}),
-    "llama-llama3": lambda: _llama_like("Llama", rope_parameters={**ROPE, **LLAMA3}, tie_word_embeddings=True),
-    "llama-biases": lambda: _llama_like("Llama", attention_bias=True, mlp_bias=True, head_dim=16),
-    "mistral": lambda: _llama_like("Mistral", sliding_window=9, head_dim=16),
-    "qwen2": lambda: _llama_like("Qwen2", rope_parameters={**ROPE, "rope_theta": 1e6}),
-    "qwen2-window": lambda: _llama_like("Qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=0),
-    "qwen3": lambda: _llama_like("Qwen3", head_dim=24),
-    "gpt_neox": lambda: _neox(rope_parameters={**ROPE, "partial_rotary_factor": 0.25}),
-    "gpt_neox-serial": lambda: _neox(use_parallel_residual=False, hidden_act="gelu_new", attention_bias=False),
+    "gpt2": gpt2,
+    "gpt2-untied": lambda: gpt2(tie_word_embeddings=False, activation_function="gelu"),
+    "llama": lambda: llama_like("Llama"),
+    "llama-linear": lambda: llama_like("Llama", rope_parameters={**ROPE, "rope_type": "linear", "factor": 4.0}),
+    "llama-llama3": lambda: llama_like("Llama", rope_parameters={**ROPE, **LLAMA3}, tie_word_embeddings=True),
+    "llama-biases": lambda: llama_like("Llama", attention_bias=True, mlp_bias=True, head_dim=16),
+    "mistral": lambda: llama_like("Mistral", sliding_window=9, head_dim=16),
+    "qwen2": lambda: llama_like("Qwen2", rope_parameters={**ROPE, "rope_theta": 1e6}),
+    "qwen2-window": lambda: llama_like("Qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=0),
+    "qwen3": lambda: llama_like("Qwen3", head_dim=24),
+    "gpt_neox": lambda: neox(rope_parameters={**ROPE, "partial_rotary_factor": 0.25}),
+    "gpt_neox-serial": lambda: neox(use_parallel_residual=False, hidden_act="gelu_new", attention_bias=False),
 }
 
 
