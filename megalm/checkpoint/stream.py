@@ -149,7 +149,7 @@ def write_weights(folder: Path, weights: Reader, documents: Mapping[str, Any], f
             sizes[name] = disk.write(temporary / name, [(json.dumps(document, indent=2) + "\n").encode()])
         for name, source in files.items():
             disk.make_folder((temporary / name).parent)
-            sizes[name] = disk.copy(source, temporary / name)
+            sizes[name] = disk.write(temporary / name, [source.read_bytes()])
             disk.sync_folder((temporary / name).parent)
         layout = {"tp": 1, "pp": 1, "dp": len(ranks), "zero_stage": 0, "sequence_parallel": False}
         manifest = {"format": FORMAT, "version": VERSION, "step": 0, "consumed_samples": 0, "world_size": len(ranks),

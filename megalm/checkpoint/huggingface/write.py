@@ -41,7 +41,7 @@ def write_huggingface(folder: Path, family: str, model: Model, weights: Reader, 
             index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
             disk.write(temporary / f"{FILE}.index.json", [_json(index)])
         for source in files:
-            disk.copy(source, temporary / source.name)
+            disk.write(temporary / source.name, [source.read_bytes()])
         disk.write(temporary / CONFIG, [_json(config)])
 
 
