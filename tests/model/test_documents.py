@@ -11,12 +11,12 @@ from torch._dynamo.utils import counters
 
 from megalm.config import ConfigError
 from megalm.model import choose_kernels, layers
-from megalm.model.build import attention_traits
 from megalm.ops.attention import packed_documents
 from megalm.ops.registry import REGISTRY
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
 from megalm.plan import make_plan
+from megalm.plan.backends import attention_traits
 from tests.config.trees import config
 from tests.model.test_compile import quick_compiler
 
