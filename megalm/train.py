@@ -13,6 +13,7 @@ from megalm.checkpoint import CheckpointError
 from megalm.checkpoint.foreign import sources
 from megalm.config import Config, ConfigError, load
 from megalm.data import DataError, Loader, build_dataset, cache_folder, load_tokenizer
+from megalm.data.blend import told
 from megalm.data.tokenizer import Tokenizer
 from megalm.engine.ds_config import check_deepspeed
 from megalm.engine.engine import Engine, build
@@ -85,7 +86,7 @@ def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[s
                                      allow_changes=config.checkpoint.allow_changes)
         if source.foreign is not None:
             sources.load_foreign(source.foreign, engine, groups, config.model, plan.vocab_size)
-        notes += [*plan.notes, *kernels, *(f"data: {share}" for share in loader.dataset.shares)]
+        notes += [*plan.notes, *kernels, *(f"data: {line}" for line in told(loader.dataset.shares))]
         logger = groups.agreed(lambda: Logger(config, plan, rank=groups.rank, first_step=source.step))
         with contextlib.closing(logger):
             for note in notes:
@@ -215,6 +216,8 @@ def _loop(run: Run, first: int) -> int:
             saved = done
         if leaving:
             break
+    for line in told(run.loader.dataset.taken(run.consumed)):
+        run.logger.note(f"data until step {done}: {line}")
     if done < last:
         run.logger.note(f"stopped after step {done} of {last}: the same command without train.stop_at goes on from here"
                         if config.train.stop_at else f"stopped after step {done} of {last}: the same command goes on from here")

@@ -140,6 +140,8 @@ def test_an_fp16_run_goes_on_in_another_precision(changes, tmp_path):
     (notes,) = dist.run(_notes, 1, str(path), [*changes, "train.stop_at=3"])
     assert f"changed: precision.dtype: stored 'fp16', now '{changes[0][-4:]}'" in notes
     assert "loss_scaler" not in read_manifest(find(tmp_path / "run"))["counters"]
+    first, last = ([note for note in notes if note.startswith(start)] for start in ("data: ", "data until step 3: "))
+    assert len(first) == len(last) > 0 and all(note.endswith(" epochs") for note in first + last)
 
 
 def _notes(rank: int, world: int, path: str, overrides: list[str]) -> list[str]:

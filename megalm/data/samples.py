@@ -104,7 +104,11 @@ class PackedSamples:
     @property
     def epochs(self) -> float:
         """How often num_samples samples go through the data set; each takes seq_length new tokens."""
-        return self.num_samples * self.seq_length / self.total_tokens
+        return self.epochs_of(self.num_samples)
+
+    def epochs_of(self, num_samples: int) -> float:
+        """How often so many samples go through it."""
+        return num_samples * self.seq_length / self.total_tokens
 
     def tokens(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
         """The token ids of one sample, int64 [seq_length + 1], written to `out` if given."""
