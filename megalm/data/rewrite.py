@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .description import description_path
 from .errors import DataError
 from .indexed import CODES, HEADER, MAGIC, VERSION, IndexedReader, file_paths, publish_pair
 from .publish import PartialFile
@@ -151,7 +152,20 @@ class Rewritten:
         except BaseException:
             self.bin.discard()
             raise
+        self.description: PartialFile | None = None
         self.copied_by: set[str] = set()
+
+    def describe(self, text: bytes) -> None:
+        """Write PREFIX.data.json; without one, publishing removes what an older data set has there."""
+        self.description = PartialFile(description_path(self.prefix))
+        self.description.file.write(text)
+
+    def counts(self, parts: Sequence[Part]) -> dict[str, int]:
+        """Documents, sequences and tokens of what was written."""
+        item = parts[0].reader.dtype.itemsize
+        self.bin.file.flush()
+        return {"documents": sum(len(piece) for part in parts for piece in part.documents()),
+                "sequences": sum(map(reader_count, parts)), "tokens": os.fstat(self.bin.file.fileno()).st_size // item}
 
     def write(self, parts: Sequence[Part], moved: Moved) -> None:
         """Write the documents of all parts; tells `moved` the bytes of tokens as they are written."""
@@ -173,16 +187,26 @@ class Rewritten:
 
     def sync(self) -> None:
         """A full disk is noticed here, before anything is published."""
-        self.bin.sync()
-        self.idx.sync()
+        for file in self._files():
+            file.sync()
 
     def publish(self) -> None:
+        """Let all files appear; while one of them is an older data set's, there is no .idx, and so no data set."""
+        self.sync()
+        self.idx.path.unlink(missing_ok=True)
+        if self.description is None:
+            description_path(self.prefix).unlink(missing_ok=True)
+        else:
+            self.description.publish()
         publish_pair(self.bin, self.idx)
 
     def discard(self) -> None:
         """Remove what was not published."""
-        self.bin.discard()
-        self.idx.discard()
+        for file in self._files():
+            file.discard()
+
+    def _files(self) -> list[PartialFile]:
+        return [file for file in (self.bin, self.idx, self.description) if file is not None]
 
 
 def copy_file(path: Path, target: int, moved: Moved) -> str:

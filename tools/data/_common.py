@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import megalm
+from megalm.data.description import FORMAT, named, read_description
 from megalm.data.errors import DataError
 from megalm.data.indexed import IndexedReader, file_paths
 from megalm.data.rewrite import Rewritten
@@ -32,6 +35,33 @@ def refuse_outputs(outputs: Sequence[str], inputs: Sequence[str], overwrite: boo
                 raise DataError(f"{output} is read and can't be written as well; give another --output")
             if path.exists() and not overwrite:
                 raise DataError(f"{path} exists already; it is replaced only with --overwrite")
+
+
+Parents = list[tuple[IndexedReader, dict]]
+
+
+def parents_of(readers: Sequence[IndexedReader]) -> Parents | None:
+    """Each data set with its PREFIX.data.json; None if one has none. Raises DataError if two name different tokenizers."""
+    found = [(reader, read_description(reader.prefix)) for reader in readers]
+    known = [(reader, description) for reader, description in found if description is not None]
+    for reader, description in known[1:]:
+        first, tokenizer = known[0][1]["tokenizer"], description["tokenizer"]
+        if (first.get("type"), first.get("sha256")) != (tokenizer.get("type"), tokenizer.get("sha256")):
+            raise DataError(f"{known[0][0].prefix} was made with the tokenizer {named(first)} and {reader.prefix} with "
+                            f"{named(tokenizer)}: their ids don't mean the same; tokenize one of them again")
+    return known if len(known) == len(found) else None
+
+
+def inherited(parents: Parents, counts: dict, **how) -> bytes:
+    """The PREFIX.data.json of a data set made from others: their tokenizer and sources, its own counts, and how it was made."""
+    first, sources = parents[0][1], []
+    for _, description in parents:
+        sources += [source for source in description.get("sources", []) if source not in sources]
+    found = {"format": FORMAT, "megalm": megalm.__version__, "tokenizer": first["tokenizer"], "dtype": parents[0][0].dtype.name,
+             **counts, "sources": sources, "made_from": [reader.prefix for reader, _ in parents], **how}
+    if all(description.get("options") == first.get("options") for _, description in parents) and "options" in first:
+        found["options"] = first["options"]
+    return json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from megalm.data.description import named, read_description, tokenizer_problems
 from megalm.data.errors import DataError
 from megalm.data.indexed import IndexedReader
 from megalm.data.statistics import (
@@ -18,7 +19,7 @@ from megalm.data.statistics import (
     scan,
     summarize,
 )
-from megalm.data.tokenizer import TYPES, Tokenizer, guess_source, load_tokenizer
+from megalm.data.tokenizer import TYPES, Tokenizer, TokenizerSource, guess_source, load_tokenizer
 from megalm.tools._command import Parser
 from megalm.tools._progress import Progress
 from megalm.tools.data._common import open_all
@@ -42,7 +43,11 @@ def add_options(parser: Parser) -> None:
 def tokenizer_of(arguments: argparse.Namespace) -> Tokenizer | None:
     if arguments.tokenizer is None:
         return None
-    return load_tokenizer(guess_source(arguments.tokenizer, arguments.tokenizer_type, arguments.eod))
+    return load_tokenizer(source_of(arguments))
+
+
+def source_of(arguments: argparse.Namespace) -> TokenizerSource:
+    return guess_source(arguments.tokenizer, arguments.tokenizer_type, arguments.eod)
 
 
 def work(arguments: argparse.Namespace) -> int:
@@ -53,6 +58,9 @@ def work(arguments: argparse.Namespace) -> int:
         return show_document(reader, tokenizer, arguments)
     if arguments.verify:
         verify(reader, tokenizer)
+        problems = [] if tokenizer is None else tokenizer_problems([reader.prefix], source_of(arguments))
+        if problems:
+            raise DataError("; ".join(problems))
     report = statistics(reader, tokenizer, arguments)
     print(json.dumps(report) if arguments.json else table(report))
     return 0
@@ -106,6 +114,9 @@ def statistics(reader: IndexedReader, tokenizer: Tokenizer | None, arguments: ar
         "eod": eod, "documents_ending_with_eod": summary.ends.get(eod, 0),
         "last_tokens": {str(token): count for token, count in summary.ends.items()},
     }
+    description = read_description(reader.prefix)
+    if description is not None:
+        report["description"] = description
     if not arguments.quick:
         with Progress("inspect", reader.flat.nbytes, arguments.quiet) as progress:
             found = scan(reader, eod, progress.add)
@@ -130,6 +141,8 @@ def table(report: dict) -> str:
         f"({report['dtype']}){', multimodal' if report['multimodal'] else ''}",
         f"files         .bin {report['bin_bytes']:,} bytes, .idx {report['idx_bytes']:,} bytes",
     ]
+    if "description" in report:
+        lines.append(f"tokenizer     {named(report['description']['tokenizer'])}")
     if report["documents"]:
         shown = [f"{'shortest' if p == '0' else 'longest' if p == '100' else p + '%'} {length:,}"
                  for p, length in report["percentiles"].items()]

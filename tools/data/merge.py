@@ -10,7 +10,7 @@ from megalm.data.errors import DataError
 from megalm.data.indexed import IndexedReader
 from megalm.data.rewrite import Part
 from megalm.tools._progress import Progress
-from megalm.tools.data._common import described, open_all, published, refuse_outputs, writing
+from megalm.tools.data._common import described, inherited, open_all, parents_of, published, refuse_outputs, writing
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +39,13 @@ def work(arguments: argparse.Namespace) -> int:
     readers = open_all(arguments.inputs)
     check_alike(readers)
     refuse_outputs([arguments.output], arguments.inputs, arguments.overwrite)
+    parents = parents_of(readers)
     size = sum(reader.flat.nbytes for reader in readers)
     with Progress("merge", size, arguments.quiet) as progress, writing([arguments.output]) as (output,):
-        output.write([Part(reader) for reader in readers], progress.add)
+        parts = [Part(reader) for reader in readers]
+        output.write(parts, progress.add)
+        if parents is not None:
+            output.describe(inherited(parents, output.counts(parts), made_by="merge"))
     if not arguments.quiet:
         print(f"{arguments.output}: {described(published(arguments.output))} from {len(readers)} data sets; "
               f"{size / 1e6:,.1f} MB by {' and '.join(sorted(output.copied_by))} in {progress.seconds:.1f} s")

@@ -18,7 +18,7 @@ from megalm.data.indexed import IndexedReader
 from megalm.data.permutation import Permutation
 from megalm.data.rewrite import Part, everything, ranges, sequences_of, spans
 from megalm.tools._progress import Progress
-from megalm.tools.data._common import described, open_all, published, refuse_outputs, writing
+from megalm.tools.data._common import described, inherited, open_all, parents_of, published, refuse_outputs, writing
 
 MOST_BUCKETS = 256  # files open at once
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -100,6 +100,7 @@ def work(arguments: argparse.Namespace) -> int:
     refuse_outputs([arguments.output], [arguments.input], arguments.overwrite)
     shuffle, total = Permutation(reader.num_documents, arguments.seed), reader.flat.nbytes
     part = Part(reader, lambda: shuffled(shuffle))
+    parents = parents_of([reader])
     buckets = -(-total // arguments.memory)
     if buckets > MOST_BUCKETS:
         least = -(-total // MOST_BUCKETS)
@@ -117,6 +118,8 @@ def work(arguments: argparse.Namespace) -> int:
                     output.bin.file.write(piece.data)
                     progress.add(piece.nbytes)
             output.write_index([part])
+        if parents is not None:
+            output.describe(inherited(parents, output.counts([part]), made_by="shuffle", seed=arguments.seed))
     if not arguments.quiet:
         print(f"{arguments.output}: {described(published(arguments.output))}, shuffled with seed {arguments.seed}")
     return 0

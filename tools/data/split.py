@@ -15,7 +15,7 @@ from megalm.data.errors import DataError
 from megalm.data.permutation import Permutation
 from megalm.data.rewrite import Part, everything
 from megalm.tools._progress import Progress
-from megalm.tools.data._common import described, open_all, published, refuse_outputs, writing
+from megalm.tools.data._common import described, inherited, open_all, parents_of, published, refuse_outputs, writing
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -89,13 +89,18 @@ def work(arguments: argparse.Namespace) -> int:
         raise DataError(f"--names {arguments.names}: {len(sizes)} different names are needed, one for each of the parts")
     outputs = [f"{arguments.output or arguments.input}_{name}" for name in names]
     refuse_outputs(outputs, [arguments.input], arguments.overwrite)
+    parents = parents_of([reader])
     with Progress("split", reader.flat.nbytes, arguments.quiet) as progress, writing(outputs) as written:
         low = 0
         for output, size in zip(written, sizes, strict=True):
             bounds = (low, low + size)
             order = (lambda b=bounds: stretch(*b)) if arguments.contiguous else (
                 lambda b=bounds: drawn(reader.num_documents, arguments.seed, *b))
-            output.write([Part(reader, order)], progress.add)
+            parts = [Part(reader, order)]
+            output.write(parts, progress.add)
+            if parents is not None:
+                how = {"contiguous": True} if arguments.contiguous else {"seed": arguments.seed}
+                output.describe(inherited(parents, output.counts(parts), made_by="split", place=bounds, **how))
             low += size
     if not arguments.quiet:
         for output in outputs:
