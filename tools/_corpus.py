@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megalm.data.documents import Batch, check_inputs, read_batches, read_text
+from megalm.data.documents import Batch
 from megalm.data.errors import DataError
+from megalm.data.inputs import find_files, read_files, text_of
 from megalm.data.sample import Sample, share_of
 from megalm.tools._progress import Progress
 
@@ -22,17 +23,19 @@ class Corpus:
     def __init__(self, arguments: argparse.Namespace):
         """Raises DataError for files that can't be inputs, or --held-out that isn't NAME=FILE."""
         self.arguments = arguments
-        self.size = check_inputs(arguments.input)
+        self.files = find_files(arguments.input)
         self.held_out_files = held_out_files(arguments.held_out)
         self.share = 0.0 if self.held_out_files else arguments.held_out_share
         self.training = Sample(arguments.seed, arguments.sample_bytes, arguments.sample_documents)
         self.held_out: dict[str, Sample] = {}
-        self.documents = self.skipped = self.repaired = 0
+        self.documents = self.skipped = 0
 
     def read(self) -> None:
         """Draw from all files. Raises DataError for a document that can't be read, and for a corpus without text."""
-        with Progress("read", self.size, self.arguments.quiet) as progress:
-            for text, language in self._texts(self.arguments.input, progress):
+        compressed = any(path.endswith(".gz") for path in self.files)  # then nobody knows how much text there is
+        size = 0 if compressed else sum(Path(path).stat().st_size for path in self.files)
+        with Progress("read", size, self.arguments.quiet) as progress:
+            for text, language in self._texts(self.files, progress):
                 self.documents += 1
                 for piece in pieces(text):
                     self._offer(piece.encode(), language)
@@ -61,34 +64,35 @@ class Corpus:
 
     def _texts(self, paths: Sequence[str], progress: Progress) -> Iterator[tuple[str, str | None]]:
         """(text, its language by --language-field if it says) of each document that can be read."""
-        for batch in read_batches(paths):
+        for batch in read_files(paths):
             for place in range(len(batch.documents)):
                 try:
-                    text = read_text(batch, place, self.arguments.field)
+                    text = text_of(batch, place, self.arguments.field, self.arguments.encoding_errors)
                 except DataError as error:
                     if not self.arguments.skip_invalid:
                         raise DataError(f"{error}; --skip-invalid leaves such documents out") from error
+                    text = None
+                if text is None:
                     self.skipped += 1
-                    continue
-                yield text, self._language(batch, place)
+                else:
+                    yield text, self._language(batch, place)
             progress.add(batch.size)
 
     def _language(self, batch: Batch, place: int) -> str | None:
         if self.arguments.language_field is None or not batch.json_lines:
             return None
-        value = json.loads(batch.documents[place].decode("utf-8-sig")).get(self.arguments.language_field)
+        value = json.loads(batch.documents[place].decode("utf-8-sig", "replace")).get(self.arguments.language_field)
         return value if isinstance(value, str) else None
 
 
 def held_out_files(words: Sequence[str]) -> list[tuple[str, str]]:
-    """["en=a.jsonl"] -> [("en", "a.jsonl")]. Raises DataError for other words and files that can't be read."""
+    """["en=a.jsonl"] -> [("en", "a.jsonl")]; globs and folders as in inputs. Raises DataError for anything else."""
     found = []
     for word in words:
         name, _, path = word.partition("=")
         if not name or not path:
             raise DataError(f"--held-out {word}: NAME=FILE is wanted, such as en=english.jsonl")
-        check_inputs([path])
-        found.append((name, str(Path(path))))
+        found += [(name, file) for file in find_files([path])]
     return found
 
 

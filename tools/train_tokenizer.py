@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megalm import __version__
 from megalm.data.errors import DataError
+from megalm.data.inputs import ENCODING_ERRORS
 from megalm.data.publish import write_atomically
 from megalm.data.tokenizer import TokenizerSource, load_tokenizer
 from megalm.tools._command import Parser, positive, run
@@ -94,7 +95,7 @@ def describe(arguments: argparse.Namespace, recipe: Recipe, corpus: Corpus, mode
     return {
         "type": recipe.kind, "sha256": hashlib.sha256(model).hexdigest(), "vocab_size": recipe.vocab_size, "eod": recipe.end,
         "special_tokens": list(recipe.special_tokens), "digits": recipe.digits, "megalm": __version__, library: version(library),
-        "inputs": [{"path": path, "bytes": Path(path).stat().st_size} for path in sorted(arguments.input)],
+        "inputs": [{"path": path, "bytes": Path(path).stat().st_size} for path in sorted(corpus.files)],
         "documents": corpus.documents, "invalid_documents": corpus.skipped, "seed": arguments.seed,
         "sample": {"documents": len(corpus.training), "bytes": corpus.training.bytes,
                    "of_documents": corpus.training.offered, "of_bytes": corpus.training.offered_bytes},
@@ -117,7 +118,8 @@ def parser() -> Parser:
     """The command line."""
     result = Parser(prog="megalm train-tokenizer", description=__doc__.splitlines()[0])
     add = result.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help=".jsonl, one JSON object a line, or .txt")
+    add("--input", nargs="+", required=True, metavar="FILE",
+        help=".jsonl, one JSON object a line, or .txt, also as .gz; globs and folders")
     add("--field", default="text", help="the JSON field that holds the text (text)")
     add("--vocab-size", type=int, required=True, metavar="N", help="pieces, special and byte pieces included")
     target = result.add_mutually_exclusive_group(required=True)
@@ -140,6 +142,8 @@ def parser() -> Parser:
     add("--held-out-share", type=float, default=0.01, metavar="X",
         help="without --held-out, keep back so much of the corpus to be measured (0.01)")
     add("--language-field", metavar="FIELD", help="the JSON field by which the texts kept back are reported")
+    add("--encoding-errors", choices=ENCODING_ERRORS, default="stop",
+        help="what isn't UTF-8 is an error, becomes U+FFFD, or leaves its document out (stop)")
     add("--skip-invalid", action="store_true", help="leave out and count what can't be read, instead of stopping")
     add("--force", action="store_true", help="replace an existing model")
     add("--quiet", action="store_true", help="print nothing but errors")

@@ -1,6 +1,7 @@
 """Tokenizers of every kind on real text: determinism, what comes back, special tokens, digits, and the report."""
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import pytest
 from megalm.data.tokenizer import TokenizerSource, load_tokenizer
 from megalm.tools._corpus import PIECE, pieces
 from tests.data.models import TEXTS
-from tests.data.real_text import KINDS
+from tests.data.real_text import KINDS, MALFORMED
 from tests.tools.test_train_tokenizer import refused, run
 
 EVERY_KIND = ["bpe", "unigram", "byte-bpe"]
@@ -143,6 +144,20 @@ def test_without_byte_fallback_unknown_characters_are_lost(shards, tmp_path):
     assert run("--input", *shards, "--vocab-size", 600, "--output", output, "--no-byte-fallback", "--quiet",
                "--character-coverage", 0.98, "--held-out", f"x={held}") == 0
     assert json.loads((tmp_path / "a.report.json").read_text())["held_out"]["x"]["lossless"] == 1
+
+
+def test_malformed_text_by_policy(tmp_path, capsys):
+    """gzipped, by a glob: of four documents that aren't UTF-8 and a hundred that are."""
+    good = [json.dumps({"text": f"a good text {number}"}).encode() for number in range(100)]
+    bad = [b'{"text": "' + raw + b'"}' for raw in MALFORMED]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(good + bad)))
+    usual = ("--input", f"{tmp_path}/*.jsonl.gz", "--vocab-size", 262, "--type", "byte-bpe", "--held-out-share", 0)
+    err = refused(capsys, *usual, "--output", tmp_path / "x.json")
+    assert "a.jsonl.gz, line 101: not UTF-8" in err
+    for policy, taken, left in (("replace", 104, 0), ("drop", 100, 4)):
+        assert run(*usual, "--output", tmp_path / f"{policy}.json", "--encoding-errors", policy) == 0
+        report = json.loads((tmp_path / f"{policy}.report.json").read_text())
+        assert (report["documents"], report["invalid_documents"]) == (taken, left)
 
 
 def test_long_documents_take_part_in_pieces():
