@@ -82,6 +82,7 @@ class BdistWheel(bdist_wheel):
         return tag if self.root_is_pure else ("py3", "none", tag[2])
 
 
+CORPUS = ["zstandard>=0.23", "pyarrow>=18"]  # .zst and .parquet
 TESTS = ["pytest>=8", "transformers>=4.50", "tensorboard>=2.15", "wandb>=0.17", "ruff>=0.12"]
 
 setup(
@@ -109,6 +110,6 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
     ],
-    extras_require={"logging": ["tensorboard>=2.15", "wandb>=0.17"], "tests": TESTS},
+    extras_require={"logging": ["tensorboard>=2.15", "wandb>=0.17"], "corpus": CORPUS, "tests": [*TESTS, *CORPUS]},
     entry_points={"console_scripts": ["megalm = megalm.cli:main"]},
 )

@@ -32,7 +32,7 @@ class Corpus:
 
     def read(self) -> None:
         """Draw from all files. Raises DataError for a document that can't be read, and for a corpus without text."""
-        compressed = any(path.endswith(".gz") for path in self.files)  # then nobody knows how much text there is
+        compressed = any(path.endswith((".gz", ".zst")) for path in self.files)  # then nobody knows how much text there is
         size = 0 if compressed else sum(Path(path).stat().st_size for path in self.files)
         with Progress("read", size, self.arguments.quiet) as progress:
             for text, language in self._texts(self.files, progress):
@@ -64,7 +64,7 @@ class Corpus:
 
     def _texts(self, paths: Sequence[str], progress: Progress) -> Iterator[tuple[str, str | None]]:
         """(text, its language by --language-field if it says) of each document that can be read."""
-        for batch in read_files(paths):
+        for batch in read_files(paths, self.arguments.field):
             for place in range(len(batch.documents)):
                 try:
                     text = text_of(batch, place, self.arguments.field, self.arguments.encoding_errors)

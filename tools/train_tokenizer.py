@@ -119,7 +119,7 @@ def parser() -> Parser:
     result = Parser(prog="megalm train-tokenizer", description=__doc__.splitlines()[0])
     add = result.add_argument
     add("--input", nargs="+", required=True, metavar="FILE",
-        help=".jsonl, one JSON object a line, or .txt, also as .gz; globs and folders")
+        help=".jsonl, one JSON object a line, or .txt, also as .gz or .zst, or .parquet; globs and folders")
     add("--field", default="text", help="the JSON field that holds the text (text)")
     add("--vocab-size", type=int, required=True, metavar="N", help="pieces, special and byte pieces included")
     target = result.add_mutually_exclusive_group(required=True)

@@ -1,8 +1,9 @@
-"""Texts from names, globs and folders of .jsonl and .txt files, also gzipped, with one policy for what isn't UTF-8."""
+"""Texts from names, globs and folders of .jsonl and .txt files, also as .gz and .zst, and .parquet; one policy for bad UTF-8."""
 from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
 import os
 import zlib
@@ -13,7 +14,10 @@ from .documents import JSON_LINES, PLAIN, Batch, check_inputs, read_batches, rea
 from .errors import DataError
 
 ENCODING_ERRORS = ("stop", "replace", "drop")
-GZIP = ".gz"
+COMPRESSED = (".gz", ".zst")
+PARQUET = ".parquet"
+BLOCK = 1 << 17
+ROWS = 1024  # of a .parquet at a time
 
 
 def find_files(names: Sequence[str]) -> list[str]:
@@ -27,16 +31,21 @@ def find_files(names: Sequence[str]) -> list[str]:
         if os.path.realpath(path) in seen:
             raise DataError(f"input {path} is given twice")
         seen.add(os.path.realpath(path))
-        if _is_gzip(path) and not Path(path).exists():
+        if not _is_plain(path) and not Path(path).exists():
             raise DataError(f"input {path} is missing")
-    check_inputs([path for path in paths if not _is_gzip(path)])
+    check_inputs(list(filter(_is_plain, paths)))
     return paths
 
 
-def read_files(paths: Sequence[str]) -> Iterator[Batch]:
-    """The documents of the files, in order, in batches. Raises DataError for a damaged .gz."""
+def read_files(paths: Sequence[str], field_name: str) -> Iterator[Batch]:
+    """The documents of the files, in order, in batches; `field_name` is the column of a .parquet. Raises DataError for damage."""
     for path in paths:
-        yield from _read_gzip(path) if _is_gzip(path) else read_batches([path])
+        if _is_plain(path):
+            yield from read_batches([path])
+        elif Path(path).suffix == PARQUET:
+            yield from _read_parquet(path, field_name)
+        else:
+            yield from _read_compressed(path)
 
 
 def text_of(batch: Batch, place: int, field_name: str, encoding_errors: str = "stop") -> str | None:
@@ -54,7 +63,7 @@ def _files_of(name: str) -> list[str]:
     if os.path.isdir(name):
         found = sorted(str(path) for path in Path(name).rglob("*") if path.is_file() and _is_known(path))
         if not found:
-            raise DataError(f"input {name} is a folder without .jsonl or .txt files")
+            raise DataError(f"input {name} is a folder without .jsonl, .txt or .parquet files")
         return found
     if not os.path.exists(name) and glob.has_magic(name):
         found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
@@ -65,17 +74,78 @@ def _files_of(name: str) -> list[str]:
 
 
 def _is_known(path: Path) -> bool:
-    return (Path(path.stem) if path.suffix == GZIP else path).suffix in JSON_LINES + PLAIN
+    return path.suffix == PARQUET or (Path(path.stem) if path.suffix in COMPRESSED else path).suffix in JSON_LINES + PLAIN
 
 
-def _is_gzip(path: str) -> bool:
-    return Path(path).suffix == GZIP and _is_known(Path(path))
+def _is_plain(path: str) -> bool:
+    return not _is_known(Path(path)) or Path(path).suffix in JSON_LINES + PLAIN
 
 
-def _read_gzip(path: str) -> Iterator[Batch]:
+class _Zstd(io.RawIOBase):
+    """A .zst file of one or more frames; zstandard's own reader takes a file that is cut short for a whole one."""
+
+    def __init__(self, path: str):
+        """Raises DataError without the zstandard package."""
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(f"input {path}: .zst needs the zstandard package: pip install 'megalm[corpus]'") from None
+        self._library, self._file = zstandard, io.FileIO(path)
+        self._frame, self._packed, self._held = None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._held:
+            self._packed = self._packed or self._file.read(BLOCK)
+            if not self._packed:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("it is cut short")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._held = self._frame.decompress(self._packed)
+            except self._library.ZstdError as error:
+                raise EOFError(str(error)) from error
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+        count = min(len(buffer), len(self._held))
+        buffer[:count], self._held = self._held[:count], self._held[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _read_parquet(path: str, field_name: str) -> Iterator[Batch]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"input {path}: .parquet needs the pyarrow package: pip install 'megalm[corpus]'") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names, before = file.schema_arrow.names, 0
+            if field_name not in names:
+                raise DataError(f"input {path}: no column {field_name!r}; it has {', '.join(map(repr, names[:8]))}")
+            for part in file.iter_batches(ROWS, columns=[field_name]):
+                batch = Batch(path, json_lines=False)
+                for row, document in enumerate(part.column(0).cast(pyarrow.large_binary()).to_pylist(), start=before + 1):
+                    if document is None:
+                        raise DataError(f"input {path}, row {row}: null and not a string")
+                    batch.add(row, document)
+                before += part.num_rows
+                yield batch
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"input {path} can't be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+def _read_compressed(path: str) -> Iterator[Batch]:
     json_lines = Path(Path(path).stem).suffix in JSON_LINES
     try:
-        with gzip.open(path, "rb") as file:
+        with gzip.open(path, "rb") if path.endswith(".gz") else io.BufferedReader(_Zstd(path), BLOCK) as file:
             batch = Batch(path, json_lines)
             for number, document in enumerate(file if json_lines else [file.read()], start=1):
                 if json_lines and document.isspace():
@@ -87,7 +157,7 @@ def _read_gzip(path: str) -> Iterator[Batch]:
             if batch.documents:
                 yield batch
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"input {path}: damaged .gz: {error}") from error
+        raise DataError(f"input {path}: damaged {Path(path).suffix}: {error}") from error
 
 
 def _mended(batch: Batch, place: int, field_name: str) -> str:

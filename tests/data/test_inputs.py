@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 
 import pytest
 
@@ -26,7 +27,8 @@ def corpus(folder):
 
 
 def read(paths, **policy) -> list[str | None]:
-    return [text_of(batch, place, "text", **policy) for batch in read_files(paths) for place in range(len(batch.documents))]
+    return [text_of(batch, place, "text", **policy)
+            for batch in read_files(paths, "text") for place in range(len(batch.documents))]
 
 
 def test_folders_globs_and_names(tmp_path):
@@ -38,6 +40,43 @@ def test_folders_globs_and_names(tmp_path):
     assert read(find_files([f"{tmp_path}/en.jsonl", f"{tmp_path}/deep/zh.jsonl.gz"])) == KINDS["en"] + KINDS["zh"]
     (tmp_path / "one.txt.gz").write_bytes(gzip.compress("床前\n明月".encode()))
     assert read([str(tmp_path / "one.txt.gz")]) == ["床前\n明月"]
+
+
+def test_zstandard(tmp_path):
+    """Of two frames, one of which ends within a line; cut short, it isn't taken for a whole one."""
+    import zstandard
+    content = "".join(json.dumps({"text": text}) + "\n" for texts in KINDS.values() for text in texts).encode()
+    packed = zstandard.compress(content[:1000]) + zstandard.compress(content[1000:])
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packed)
+    assert read(find_files([str(tmp_path)])) == [text for texts in KINDS.values() for text in texts]
+    for damaged in (packed[:-5], b"plain text"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged .zst"):
+            read([str(path)])
+
+
+def test_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    texts = [text for texts in KINDS.values() for text in texts] * 200
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": range(len(texts))}), path, row_group_size=1500)
+    assert read(find_files([str(path)])) == texts
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "b.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "c.parquet")
+    (tmp_path / "d.parquet").write_bytes(b"nothing of the kind")
+    for name, message in (("b", "no column 'text'; it has 'body'"), ("c", "row 2: null"), ("d", "can't be read as parquet")):
+        with pytest.raises(DataError, match=message):
+            read([f"{tmp_path}/{name}.parquet"])
+
+
+@pytest.mark.parametrize("package, name", [("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet")])
+def test_without_the_package(tmp_path, monkeypatch, package, name):
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=f"needs the {package} package: pip install"):
+        read([str(tmp_path / name)])
 
 
 def test_names_that_give_nothing(tmp_path):
