@@ -30,10 +30,10 @@ def bench(arguments: argparse.Namespace) -> int:
     """The program, after its arguments: prints one JSON object."""
     if min(arguments.documents, arguments.mean_length, arguments.seq_length, arguments.epochs) < 1:
         raise DataError("every number must be at least 1")
-    lengths = np.random.default_rng(0).geometric(1 / arguments.mean_length, arguments.documents)
-    total = int(lengths.sum())
+    lengths = np.random.default_rng(0).geometric(1 / arguments.mean_length, arguments.documents).astype(np.int32)
+    total = int(lengths.sum(dtype=np.int64))
     before, before_cpu = time.perf_counter(), time.process_time()
-    arrays = build_index(lengths, arguments.seq_length, arguments.epochs, seed=1)
+    arrays = build_index(len(lengths), lambda documents: lengths[documents], arguments.epochs, seed=1)
     built, built_cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         cached(Path(folder), "bench", {"of": "build"}, lambda: arrays)

@@ -79,25 +79,34 @@ class IndexedReader:
         start = int(self.pointers[index]) // self.dtype.itemsize
         return self.flat[start:start + int(self.lengths[index])]
 
-    def document_spans(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the documents lie in `flat`: (first token, number of tokens), both int64 [documents].
+    def document_spans(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where these documents, int64 [n], lie in `flat`: (first token, number of tokens), both int64 [n].
 
-        Raises DataError if the sequences of a document don't follow each other in the .bin.
+        True where the sequences of a document follow each other in the .bin: `check_documents` sees to that.
         """
         item = self.dtype.itemsize
-        first, after = self.document_indices[:-1], self.document_indices[1:]
+        if self._one_each:
+            return self.pointers[documents] // item, self.lengths[documents].astype(np.int64)
+        first, after = self.document_indices[documents], self.document_indices[documents + 1]
         filled = after > first
         starts, lengths = np.zeros(len(first), np.int64), np.zeros(len(first), np.int64)
         starts[filled] = self.pointers[first[filled]] // item
         last = after[filled] - 1
         lengths[filled] = self.pointers[last] // item + self.lengths[last] - starts[filled]
-        if np.any(after - first > 1):  # documents of several sequences
-            ends = self.pointers[:-1] + self.lengths[:-1].astype(np.int64) * item
-            inside = np.ones(len(self), bool)
-            inside[first[filled]] = False
-            if np.any(inside[1:] & (ends != self.pointers[1:])):
-                raise DataError(f"{self.idx_path}: the sequences of a document don't follow each other in the .bin")
         return starts, lengths
+
+    def check_documents(self) -> None:
+        """Raises DataError if the sequences of a document don't follow each other in the .bin."""
+        if self._one_each:
+            return
+        indices = self.document_indices
+        for low in range(0, len(self) - 1, CHUNK):
+            high = min(low + CHUNK, len(self) - 1)
+            ends = self.pointers[low:high] + self.lengths[low:high].astype(np.int64) * self.dtype.itemsize
+            apart = ends != self.pointers[low + 1:high + 1]
+            apart[indices[indices.searchsorted(low + 1):indices.searchsorted(high, "right")] - low - 1] = False
+            if apart.any():
+                raise DataError(f"{self.idx_path}: the sequences of a document don't follow each other in the .bin")
 
     def _require_files(self) -> None:
         bin_there, idx_there = self.bin_path.is_file(), self.idx_path.is_file()
@@ -141,8 +150,10 @@ class IndexedReader:
         if len(indices) == 0 or indices[0] != 0 or indices[-1] != len(self):
             ends = f"{indices[0]} to {indices[-1]}" if len(indices) else "none at all"
             raise DataError(f"{path}: the document indices must go from 0 to the {len(self)} sequences: {ends}")
+        self._one_each = len(indices) == len(self) + 1  # a sequence a document, as most data sets are
         for low in range(0, len(indices) - 1, CHUNK):
             part = indices[low:low + CHUNK + 1]
+            self._one_each = self._one_each and bool((part == np.arange(low, low + len(part))).all())
             if np.any(part[1:] < part[:-1]):
                 bad = low + int(np.argmax(part[1:] < part[:-1]))
                 raise DataError(f"{path}: document {bad} ends at sequence {indices[bad + 1]}, before its start {indices[bad]}")

@@ -5,11 +5,16 @@ stream is its tokens [i * seq_length, (i + 1) * seq_length], so that neighbours 
 A sample belongs to the epoch of its last token; the samples of each epoch are shuffled among themselves. Both shuffles are
 functions of (seed, epoch) alone, so the order doesn't depend on how many samples are asked for: a longer run begins with the
 samples of a shorter one.
+
+Both shuffles are computed where they are looked up (permutation.py). All that is kept is how many tokens of an epoch lie before
+every STRIDE-th of its documents: an eighth of a byte a document and epoch.
 """
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +22,13 @@ import numpy as np
 from .cache import cached
 from .errors import DataError
 from .indexed import IndexedReader
+from .permutation import Permutation
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 DOCUMENTS, SAMPLES = 0, 1  # what a permutation is for
-
-
-def permutation(count: int, seed: int, epoch: int, what: int) -> np.ndarray:
-    """A permutation of range(count) that depends on the arguments alone: int32 where it fits, else int64.
-
-    numpy's RandomState is frozen (NEP 19): an upgrade doesn't change the order in which a run sees its data.
-    """
-    random = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, epoch & 0xFFFFFFFF, epoch >> 32, what])
-    order = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
-    random.shuffle(order)
-    return order
+STRIDE = 64
+CHUNK = STRIDE << 14  # documents worked on at a time
+NEIGHBOURS = 1024  # samples whose places are looked up together, as a run reads them in order
 
 
 def epochs_needed(total_tokens: int, seq_length: int, num_samples: int) -> int:
@@ -43,37 +41,22 @@ def samples_in(epochs: int, total_tokens: int, seq_length: int) -> int:
     return max(0, (epochs * total_tokens - 1) // seq_length)
 
 
-def build_index(lengths: np.ndarray, seq_length: int, epochs: int, seed: int) -> dict[str, np.ndarray]:
-    """The sample index of documents with these lengths (int [D], in tokens, empty ones allowed) over so many epochs.
+def build_index(count: int, lengths: Callable[[np.ndarray], np.ndarray], epochs: int, seed: int) -> dict[str, np.ndarray]:
+    """Where the blocks of STRIDE documents begin in each epoch: `marks`, int64 [epochs, blocks], tokens of the epoch before them.
 
-    Pure: no file is touched. Returns `documents` [epochs * filled D], the documents in stream order, and for each sample, in
-    shuffled order, its first token: `places` [N], a place in `documents`, and `offsets` [N], a token within that document.
+    Pure: no file is touched. lengths: the tokens, int64 [n], of documents [n] of range(count).
     """
-    filled = np.flatnonzero(lengths)
-    filled = filled.astype(np.int32) if len(lengths) < 2**31 else filled
-    lengths = np.asarray(lengths)[filled].astype(np.int64)
-    total, number = int(lengths.sum()), len(filled)
-    count = samples_in(epochs, total, seq_length)
-    documents = np.empty(epochs * number, filled.dtype)
-    places = np.empty(count, np.uint32 if epochs * number < 2**32 else np.int64)
-    offsets = np.empty(count, np.uint32 if lengths.max() < 2**32 else np.int64)
-    low = 0  # the first sample that starts in this epoch
+    marks = np.zeros((epochs, -(-count // STRIDE)), np.int64)
     for epoch in range(epochs):
-        order = permutation(number, seed, epoch, DOCUMENTS)
-        documents[epoch * number:(epoch + 1) * number] = filled[order]
-        ends = np.cumsum(lengths[order])  # [number], tokens of the epoch up to and with each document
-        high = min(count, -(-(epoch + 1) * total // seq_length))
-        starts = np.arange(low, high, dtype=np.int64) * seq_length - epoch * total
-        at = np.searchsorted(ends, starts, side="right")
-        places[low:high] = epoch * number + at
-        offsets[low:high] = starts - np.where(at > 0, ends[at - 1], 0)
-        low = high
-    for epoch in range(epochs):
-        low, high = samples_in(epoch, total, seq_length), samples_in(epoch + 1, total, seq_length)
-        order = permutation(high - low, seed, epoch, SAMPLES)
-        places[low:high] = places[low:high][order]
-        offsets[low:high] = offsets[low:high][order]
-    return {"documents": documents, "places": places, "offsets": offsets}
+        order, done = Permutation(count, seed, epoch, DOCUMENTS), 0
+        for low in range(0, count, CHUNK):
+            tokens = lengths(order.item_at(np.arange(low, min(low + CHUNK, count))))
+            sums = np.add.reduceat(tokens, np.arange(0, len(tokens), STRIDE), dtype=np.int64)
+            block = low // STRIDE
+            marks[epoch, block] = done
+            marks[epoch, block + 1:block + len(sums)] = done + np.cumsum(sums)[:-1]
+            done += int(sums.sum())
+    return {"marks": marks}
 
 
 class PackedSamples:
@@ -87,19 +70,20 @@ class PackedSamples:
         if seq_length < 1:
             raise ValueError(f"seq_length is {seq_length}; it must be at least 1")
         self.reader = IndexedReader(prefix)
-        self.prefix, self.seq_length, self.num_samples = self.reader.prefix, seq_length, num_samples
+        self.prefix, self.seq_length, self.num_samples, self.seed = self.reader.prefix, seq_length, num_samples, seed
         if self.reader.total_tokens == 0:
             raise DataError(f"{prefix} holds no tokens: {self.reader.num_documents} documents, all empty")
-        self._starts, lengths = self.reader.document_spans()
-        self._lengths = lengths
-        self.total_tokens = int(lengths.sum())
+        self.total_tokens, fingerprint = _measure(self.reader)
+        self._count, self._spans, self._flat = self.reader.num_documents, self.reader.document_spans, self.reader.flat
         epochs = epochs_needed(self.total_tokens, seq_length, max(1, num_samples))
-        description = {
-            "version": INDEX_VERSION, "seq_length": seq_length, "epochs": epochs, "seed": seed, "tokens": self.total_tokens,
-            "documents": len(lengths), "lengths": hashlib.blake2b(lengths.astype("<i8").data, digest_size=16).hexdigest(),
-        }
-        index = cached(cache_dir, Path(prefix).name, description, lambda: build_index(lengths, seq_length, epochs, seed))
-        self._documents, self._places, self._offsets = index["documents"], index["places"], index["offsets"]
+        description = {"version": INDEX_VERSION, "stride": STRIDE, "epochs": epochs, "seed": seed, "tokens": self.total_tokens,
+                       "documents": self._count, "lengths": fingerprint}
+        index = cached(cache_dir, Path(prefix).name, description,
+                       lambda: build_index(self._count, lambda documents: self._spans(documents)[1], epochs, seed))
+        self._marks = index["marks"]
+        self._order = lru_cache(maxsize=8)(lambda count, epoch, what: Permutation(count, seed, epoch, what))
+        self._block = lru_cache(maxsize=1024)(self._look_up_block)
+        self._places = lru_cache(maxsize=8)(self._look_up_places)
 
     @property
     def epochs(self) -> float:
@@ -113,9 +97,8 @@ class PackedSamples:
     def tokens(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
         """The token ids of one sample, int64 [seq_length + 1], written to `out` if given."""
         out = np.empty(self.seq_length + 1, np.int64) if out is None else out
-        flat = self.reader.flat
         for done, start, take in self._pieces(index, len(out)):
-            out[done:done + take] = flat[start:start + take]
+            out[done:done + take] = self._flat[start:start + take]
         return out
 
     def document_starts(self, index: int) -> np.ndarray:
@@ -130,9 +113,50 @@ class PackedSamples:
         """(place in the sample, place in the data set, tokens) of each document's piece of the first `length` tokens."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.prefix}, which was built for {self.num_samples}")
-        place, offset, done = int(self._places[index]), int(self._offsets[index]), 0
+        epoch, offset = divmod(self._stream_place(index) * self.seq_length, self.total_tokens)
+        block, done = int(self._marks[epoch].searchsorted(offset, "right")) - 1, 0
+        offset -= int(self._marks[epoch, block])
         while done < length:
-            document = self._documents[place]
-            take = min(int(self._lengths[document]) - offset, length - done)
-            yield done, int(self._starts[document]) + offset, take
-            done, place, offset = done + take, place + 1, 0
+            starts, ends = self._block(epoch, block)
+            for place in range(bisect_right(ends, offset), len(ends)):
+                take = min(ends[place] - offset, length - done)
+                if take:  # not an empty document
+                    yield done, starts[place] + offset, take
+                    done, offset = done + take, offset + take
+                if done == length:
+                    return
+            block, offset = block + 1, 0
+            if block == self._marks.shape[1]:
+                epoch, block = epoch + 1, 0
+
+    def _stream_place(self, index: int) -> int:
+        """Which sample of the stream is sample `index` of the shuffled order."""
+        epoch = epochs_needed(self.total_tokens, self.seq_length, index + 1) - 1
+        low = samples_in(epoch, self.total_tokens, self.seq_length)
+        near, place = divmod(index - low, NEIGHBOURS)
+        return low + self._places(epoch, near)[place]
+
+    def _look_up_places(self, epoch: int, near: int) -> list[int]:
+        """NEIGHBOURS entries of the shuffle of an epoch's samples, or as many as are left of it."""
+        low, high = (samples_in(e, self.total_tokens, self.seq_length) for e in (epoch, epoch + 1))
+        places = np.arange(near * NEIGHBOURS, min((near + 1) * NEIGHBOURS, high - low))
+        return self._order(high - low, epoch, SAMPLES).item_at(places).tolist()
+
+    def _look_up_block(self, epoch: int, block: int) -> tuple[list[int], list[int]]:
+        """Of STRIDE documents in their order in an epoch: where they end in the block, and where in the data set each would
+        start if it had all of the block before itself."""
+        places = np.arange(block * STRIDE, min((block + 1) * STRIDE, self._count))
+        starts, lengths = self._spans(self._order(self._count, epoch, DOCUMENTS).item_at(places))
+        ends = np.cumsum(lengths)
+        return (starts - (ends - lengths)).tolist(), ends.tolist()
+
+
+def _measure(reader: IndexedReader) -> tuple[int, str]:
+    """(tokens, fingerprint) of the lengths of all documents. Raises DataError as `check_documents` does."""
+    reader.check_documents()
+    total, digest = 0, hashlib.blake2b(digest_size=16)
+    for low in range(0, reader.num_documents, CHUNK):
+        _, lengths = reader.document_spans(np.arange(low, min(low + CHUNK, reader.num_documents)))
+        total += int(lengths.sum())
+        digest.update(lengths.astype("<i8").data)
+    return total, digest.hexdigest()

@@ -109,22 +109,23 @@ def test_the_file_appears_whole(tmp_path, monkeypatch):
 
 
 def test_sample_index_follows_the_data(tmp_path):
-    """Other lengths, another seed or length of samples: another index. The same lengths elsewhere: the same one."""
+    """Other lengths, another seed or more epochs: another index. The same lengths elsewhere, or samples of another length: the
+    same one."""
     cache = tmp_path / "cache"
     cache.mkdir()
     numbered(tmp_path / "a", [30, 40])
-    for change in [(4, 10, 1), (4, 10, 2), (5, 10, 1), (4, 30, 1), (4, 11, 1)]:  # the last needs no more epochs than the first
+    for change in [(4, 10, 1), (4, 10, 2), (5, 10, 1), (4, 30, 1), (4, 11, 1)]:  # epochs: 1, 1, 1, 2, 1
         PackedSamples(tmp_path / "a", *change, cache)
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.iterdir())) == 3
     os.rename(tmp_path / "a.bin", tmp_path / "old.bin")
     os.rename(tmp_path / "a.idx", tmp_path / "old.idx")
     numbered(tmp_path / "a", [40, 30])
     PackedSamples(tmp_path / "a", 4, 10, 1, cache)
-    assert len(list(cache.iterdir())) == 5
+    assert len(list(cache.iterdir())) == 4
     (tmp_path / "copy").mkdir()
     numbered(tmp_path / "copy" / "a", [40, 30])
     PackedSamples(tmp_path / "copy" / "a", 4, 10, 1, cache)
-    assert len(list(cache.iterdir())) == 5
+    assert len(list(cache.iterdir())) == 4
 
 
 def test_cache_folder(tmp_path):

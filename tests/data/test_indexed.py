@@ -46,7 +46,7 @@ def test_documents_of_several_sequences_or_none(tmp_path):
         writer.append(np.array([4, 5, 6, 7]), [3, 1], [1, 0, 1])
     reader = IndexedReader(tmp_path / "a")
     assert reader.document_indices.tolist() == [0, 2, 2, 3, 3, 4]
-    starts, lengths = reader.document_spans()
+    starts, lengths = reader.document_spans(np.arange(5))
     assert lengths.tolist() == [3, 0, 3, 0, 1]
     assert [reader.flat[s:s + n].tolist() for s, n in zip(starts, lengths, strict=True)] == [[1, 2, 3], [], [4, 5, 6], [], [7]]
 
@@ -153,7 +153,7 @@ def test_sequences_of_a_document_apart(tmp_path):
     path = tmp_path / "a.idx"
     path.write_bytes(put(42, "<q", 4)(put(50, "<q", 0)(path.read_bytes())))
     with pytest.raises(DataError, match="don't follow each other"):
-        IndexedReader(tmp_path / "a").document_spans()
+        IndexedReader(tmp_path / "a").check_documents()
 
 
 @pytest.mark.parametrize("names, asked, message", [
