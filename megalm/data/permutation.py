@@ -32,7 +32,7 @@ class Permutation:
         rounds = max(ROUNDS, math.ceil(BITS / math.log2(int(self._width) + 1)))
         digest = hashlib.shake_256(f"megalm permutation {count} {[int(part) for part in key]}".encode()).digest(8 * rounds + 1)
         self._keys = np.frombuffer(digest[:-1], "<u8").astype(np.uint64)
-        # The network has permutations of one sign only, which shows where few of its pairs are outside: half of the keys swap two.
+        # The network has permutations of one sign only, which shows where few pairs are outside: half of the keys swap two items.
         self._swaps = count > 1 and bool(digest[-1] & 1)
 
     def item_at(self, places: np.ndarray) -> np.ndarray:
