@@ -70,6 +70,24 @@ def test_resume_under_another_layout(tmp_path):
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
 
 
+def test_documents_reach_every_stage(tmp_path):
+    """The middle one of three stages reads no token, only the index: training and evaluation are those of one rank."""
+    sections = {"model": {"num_layers": 3}, "train": {"steps": 2, "eval_every": 2}}
+    path = training.write_config(tmp_path, **sections)
+    found = {}
+    for name, world, overrides in (("one", 1, ["document_mask=true"]), ("stages", 3, ["document_mask=true", "parallel.pp=3"]),
+                                   ("off", 1, [])):
+        overrides = [key if "." in key else f"data.{key}" for key in overrides]
+        folder = f"train.dir={json.dumps(str(tmp_path / name))}"
+        assert training.start(world, path, folder, *overrides) == [(0, "")] * world
+        found[name] = [value for record in training.records(tmp_path / name) for key, value in record.items() if "loss" in key]
+    assert len(found["one"]) == 3 and found["stages"] == pytest.approx(found["one"], rel=1e-5)
+    assert found["off"] != pytest.approx(found["one"], rel=1e-4)
+    # Going on with another mask is another run.
+    [(code, said)] = training.start(1, path, f"train.dir={json.dumps(str(tmp_path / 'one'))}", "train.steps=3")
+    assert code == 2 and "data.document_mask: stored True, now False" in said
+
+
 def note_samples(engine, context, folder):
     """Write down what each step of this rank reads."""
     run = engine.train_step
