@@ -189,7 +189,6 @@ def document_cases() -> Iterator[Case]:
     yield Case("llama", 1, 4, 1, label="documents-full", data=both, model=fused, recompute="full", micro=2, optimizer="sgd")
     yield Case("gpt2", 1, 1, 2, label="documents-zero3", data=masked, model=fused, zero_stage=3)
     yield Case("llama", 2, 2, 1, True, label="documents-dropout-selective", data=masked, recompute="selective", micro=2)
-    yield Case("gpt2", 1, 2, 1, label="positions", data=(("reset_positions", True),), optimizer="sgd")
 
 
 CASES = {case.name: case for cases in (layout_cases(), axis_cases(), extra_cases(), document_cases()) for case in cases}
