@@ -47,6 +47,6 @@ $(STAMP): constraints.txt setup.py
 	quiet $(PIP) pip setuptools; \
 	quiet $(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch numpy ninja packaging py-cpuinfo psutil; \
 	DS_BUILD_OPS=0 quiet $(PIP) --no-build-isolation deepspeed; \
-	PYTHONWARNINGS=ignore MEGALM_BUILD_CUDA=0 quiet $(PIP) --no-build-isolation --editable '.[logging,tests]'; \
+	PYTHONWARNINGS=ignore MEGALM_BUILD_CUDA=0 quiet $(PIP) --no-build-isolation --editable '.[logging,corpus,tests]'; \
 	quiet $(PIP) --no-deps megatron-core; \
 	touch $(STAMP); echo "installed in $$((SECONDS - start)) s"

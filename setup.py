@@ -82,7 +82,8 @@ class BdistWheel(bdist_wheel):
         return tag if self.root_is_pure else ("py3", "none", tag[2])
 
 
-CORPUS = ["zstandard>=0.23", "pyarrow>=18"]  # .zst and .parquet
+# megalm preprocess: fast tokenization, .zst, .parquet, near-duplicates, languages
+CORPUS = ["gigatoken>=0.10", "zstandard>=0.23", "pyarrow>=18", "rensa>=0.5", "py3langid>=0.3"]
 TESTS = ["pytest>=8", "transformers>=4.50", "tensorboard>=2.15", "wandb>=0.17", "ruff>=0.12"]
 
 setup(
@@ -107,9 +108,10 @@ setup(
         "safetensors>=0.4.3",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
+        "orjson>=3.10",
         "rich>=13",
         "matplotlib>=3.8",
     ],
-    extras_require={"logging": ["tensorboard>=2.15", "wandb>=0.17"], "corpus": CORPUS, "tests": [*TESTS, *CORPUS]},
+    extras_require={"logging": ["tensorboard>=2.15", "wandb>=0.17"], "corpus": CORPUS, "tests": TESTS},
     entry_points={"console_scripts": ["megalm = megalm.cli:main"]},
 )

@@ -4,14 +4,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from megalm.data.documents import Batch
 from megalm.data.errors import DataError
-from megalm.data.inputs import find_files, read_files, text_of
 from megalm.data.sample import Sample, share_of
 from megalm.tools._progress import Progress
+from megalm.tools.preprocess.inputs import Source, find_sources, spans
+from megalm.tools.preprocess.reading import Chunk, read_chunks
+from megalm.tools.preprocess.texts import Found, Policy, texts_of
 
+UNIT_BYTES = 64 << 20  # of a file at a time
 PIECE = 1 << 20  # characters; a longer document takes part in pieces
 MOST_HELD_OUT = 4_000_000  # bytes of each group that are measured
 DEFAULT_GROUP = "corpus"
@@ -23,24 +24,24 @@ class Corpus:
     def __init__(self, arguments: argparse.Namespace):
         """Raises DataError for files that can't be inputs, or --held-out that isn't NAME=FILE."""
         self.arguments = arguments
-        self.files = find_files(arguments.input)
+        self.sources = find_sources(arguments.input, no_stream)
         self.held_out_files = held_out_files(arguments.held_out)
         self.share = 0.0 if self.held_out_files else arguments.held_out_share
         self.training = Sample(arguments.seed, arguments.sample_bytes, arguments.sample_documents)
         self.held_out: dict[str, Sample] = {}
-        self.documents = self.skipped = 0
+        self.documents, self.found = 0, Found()
 
     def read(self) -> None:
         """Draw from all files. Raises DataError for a document that can't be read, and for a corpus without text."""
-        compressed = any(path.endswith((".gz", ".zst")) for path in self.files)  # then nobody knows how much text there is
-        size = 0 if compressed else sum(Path(path).stat().st_size for path in self.files)
+        known = all(source.by_bytes or source.kind == "txt" and not source.compression for source in self.sources)
+        size = sum(source.size for source in self.sources) if known else 0  # else nobody knows how much text there is
         with Progress("read", size, self.arguments.quiet) as progress:
-            for text, language in self._texts(self.files, progress):
+            for text, language in self._texts(self.sources, progress):
                 self.documents += 1
                 for piece in pieces(text):
                     self._offer(piece.encode(), language)
-            for name, path in self.held_out_files:
-                for text, _ in self._texts([path], progress):
+            for name, source in self.held_out_files:
+                for text, _ in self._texts([source], progress):
                     for piece in pieces(text):
                         self._hold_out(name, piece.encode())
         if not self.training.bytes:  # of a very small corpus all may be held out
@@ -62,37 +63,42 @@ class Corpus:
             self.held_out[name] = Sample(self.arguments.seed, MOST_HELD_OUT)
         self.held_out[name].offer(text)
 
-    def _texts(self, paths: Sequence[str], progress: Progress) -> Iterator[tuple[str, str | None]]:
+    def _texts(self, sources: Sequence[Source], progress: Progress) -> Iterator[tuple[str, str | None]]:
         """(text, its language by --language-field if it says) of each document that can be read."""
-        for batch in read_files(paths, self.arguments.field):
-            for place in range(len(batch.documents)):
-                try:
-                    text = text_of(batch, place, self.arguments.field, self.arguments.encoding_errors)
-                except DataError as error:
-                    if not self.arguments.skip_invalid:
-                        raise DataError(f"{error}; --skip-invalid leaves such documents out") from error
-                    text = None
-                if text is None:
-                    self.skipped += 1
-                else:
-                    yield text, self._language(batch, place)
-            progress.add(batch.size)
+        policy = Policy(self.arguments.field, self.arguments.encoding_errors, self.arguments.skip_invalid)
+        for number, source in enumerate(sources):
+            for span in spans(number, source, UNIT_BYTES):
+                for chunk in read_chunks(source, span, policy.field):
+                    texts, places = texts_of(chunk, policy, self.found)
+                    for text, place in zip(texts, places, strict=True):
+                        yield text, self._language(chunk, place)
+                    progress.add(sum(len(raw or b"") for raw in chunk.raw))
 
-    def _language(self, batch: Batch, place: int) -> str | None:
-        if self.arguments.language_field is None or not batch.json_lines:
+    def _language(self, chunk: Chunk, place: int) -> str | None:
+        if self.arguments.language_field is None or chunk.source.kind != "jsonl":
             return None
-        value = json.loads(batch.documents[place].decode("utf-8-sig", "replace")).get(self.arguments.language_field)
+        value = json.loads(chunk.raw[place].decode("utf-8-sig", "replace")).get(self.arguments.language_field)
         return value if isinstance(value, str) else None
 
+    @property
+    def skipped(self) -> int:
+        """Documents that were left out."""
+        return sum(documents for documents, _ in self.found.reasons.values())
 
-def held_out_files(words: Sequence[str]) -> list[tuple[str, str]]:
+
+def no_stream(name: str) -> Source:
+    """Raises DataError: what can be read only once isn't kept."""
+    raise DataError(f"input {name} is a stream; write it to a file first")
+
+
+def held_out_files(words: Sequence[str]) -> list[tuple[str, Source]]:
     """["en=a.jsonl"] -> [("en", "a.jsonl")]; globs and folders as in inputs. Raises DataError for anything else."""
     found = []
     for word in words:
         name, _, path = word.partition("=")
         if not name or not path:
             raise DataError(f"--held-out {word}: NAME=FILE is wanted, such as en=english.jsonl")
-        found += [(name, file) for file in find_files([path])]
+        found += [(name, source) for source in find_sources([path], no_stream)]
     return found
 
 

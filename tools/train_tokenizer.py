@@ -21,7 +21,6 @@ from pathlib import Path
 
 from megalm import __version__
 from megalm.data.errors import DataError
-from megalm.data.inputs import ENCODING_ERRORS
 from megalm.data.publish import write_atomically
 from megalm.data.tokenizer import TokenizerSource, load_tokenizer
 from megalm.tools._command import Parser, positive, run
@@ -29,6 +28,7 @@ from megalm.tools._corpus import Corpus
 from megalm.tools._held_out import Group, measure, table, together
 from megalm.tools._progress import shown, ticking
 from megalm.tools._trainers import DIGITS, SUFFIX, Recipe, train
+from megalm.tools.preprocess.options import ENCODING_ERRORS
 
 LIBRARY = {"bpe": "sentencepiece", "unigram": "sentencepiece", "byte-bpe": "tokenizers"}
 
@@ -95,7 +95,7 @@ def describe(arguments: argparse.Namespace, recipe: Recipe, corpus: Corpus, mode
     return {
         "type": recipe.kind, "sha256": hashlib.sha256(model).hexdigest(), "vocab_size": recipe.vocab_size, "eod": recipe.end,
         "special_tokens": list(recipe.special_tokens), "digits": recipe.digits, "megalm": __version__, library: version(library),
-        "inputs": [{"path": path, "bytes": Path(path).stat().st_size} for path in sorted(corpus.files)],
+        "inputs": [{"path": source.path, "bytes": source.size} for source in sorted(corpus.sources, key=lambda file: file.path)],
         "documents": corpus.documents, "invalid_documents": corpus.skipped, "seed": arguments.seed,
         "sample": {"documents": len(corpus.training), "bytes": corpus.training.bytes,
                    "of_documents": corpus.training.offered, "of_bytes": corpus.training.offered_bytes},

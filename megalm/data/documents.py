@@ -84,11 +84,22 @@ def read_text(batch: Batch, place: int, field_name: str) -> str:
             return raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{batch.path}: not UTF-8 at byte {error.start}") from error
-    where = f"{batch.path}, line {batch.lines[place]}"
+    return parse_text(raw, f"{batch.path}, line {batch.lines[place]}", field_name)
+
+
+class NotUnicode(DataError):
+    """Bytes that aren't UTF-8, or half a surrogate pair."""
+
+
+def parse_text(raw: bytes, where: str, field_name: str, *, surrogates: bool = False) -> str:
+    """The text in a line of JSON. Raises DataError, which begins with `where`, if there is none.
+
+    `surrogates`: half a surrogate pair stays in the text; else it is an error, as UTF-8 has nothing for it.
+    """
     try:
         value = json.loads(raw.rstrip(b"\r\n").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
+        raise NotUnicode(f"{where}: not UTF-8 at byte {error.start} of the line") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
@@ -101,7 +112,8 @@ def read_text(batch: Batch, place: int, field_name: str) -> str:
     if not isinstance(text, str):
         raise DataError(f"{where}: the field {field_name!r} is a JSON {json_type(text)} and not a string")
     try:
-        text.encode("utf-8")
+        if not surrogates:
+            text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: half a surrogate pair, {text[error.start]!r}, which isn't text") from error
+        raise NotUnicode(f"{where}: half a surrogate pair, {text[error.start]!r}, which isn't text") from error
     return text

@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data import documents
-from megalm.data.documents import Batch
 from megalm.data.errors import DataError
 from megalm.data.indexed import IndexedReader
 from megalm.data.tokenizer import TokenizerSource
 from megalm.tools import preprocess
+from megalm.tools.preprocess.job import Job
+from megalm.tools.preprocess.pool import make_parts
+from megalm.tools.preprocess.texts import Policy
 from tests.data.models import make_huggingface, make_sentencepiece
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "preprocess.py"
+PROGRAM = [sys.executable, "-m", "megalm.tools.preprocess"]
 
 
 def json_lines(path: Path, texts, field: str = "text") -> str:
@@ -52,7 +53,7 @@ def test_documents_in_order_each_with_its_end(tmp_path, capsys):
     assert run("--input", first, second, "--output", tmp_path / "deep" / "out", "--tokenizer", "bytes") == 0
     assert read(tmp_path / "deep" / "out") == [[97, 98, 256], [195, 169, 256], [*b"one\nfile", 256]]
     assert "3 documents, 15 tokens (uint16)" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out.bin", "out.idx"}
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out.bin", "out.idx", "out.data.json"}
 
 
 def test_without_ends_and_another_field(tmp_path, capsys):
@@ -91,22 +92,20 @@ def test_large_vocabulary_takes_four_bytes(tmp_path):
         assert read(tmp_path / "out") == [[size - 1]] and IndexedReader(tmp_path / "out").dtype == dtype
 
 
-def test_output_does_not_depend_on_workers(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(documents, "BATCH_DOCUMENTS", 3)
+def test_output_does_not_depend_on_workers_or_pieces(tmp_path, capsys):
     texts = ["word " * (i % 50) for i in range(100)]
     path = json_lines(tmp_path / "a.jsonl", texts)
     with open(path, "a") as file:
         file.write("broken\n" * 3)
     model = make_sentencepiece(tmp_path / "spm.model")
-    for workers in (1, 2, 3):
-        output = tmp_path / f"w{workers}"
-        assert run("--input", path, "--output", output, "--tokenizer", model, "--workers", workers, "--skip-invalid") == 0
+    for name, workers, piece in (("w1", 1, 1 << 20), ("w2", 2, 700), ("w3", 3, 1000), ("w4", 1, 1)):
+        assert run("--input", path, "--output", tmp_path / name, "--tokenizer", model, "--workers", workers, "--skip-invalid",
+                   "--piece-bytes", piece, "--check-documents", 0) == 0
     capsys.readouterr()
     for suffix in ("bin", "idx"):
-        whole = (tmp_path / f"w1.{suffix}").read_bytes()
-        assert whole == (tmp_path / f"w2.{suffix}").read_bytes() == (tmp_path / f"w3.{suffix}").read_bytes()
+        assert len({(tmp_path / f"w{i}.{suffix}").read_bytes() for i in (1, 2, 3, 4)}) == 1
     assert IndexedReader(tmp_path / "w1").num_documents == 100
-    err = refused(capsys, "--input", path, "--output", tmp_path / "x", "--tokenizer", model, "--workers", 2)
+    err = refused(capsys, "--input", path, "--output", tmp_path / "x", "--tokenizer", "bytes", "--workers", 2)
     assert "a.jsonl, line 101: not JSON" in err
 
 
@@ -117,27 +116,10 @@ class Poison:
         return os._exit, (1,)
 
 
-def work_on(field: str = "text"):
-    return preprocess.Work(TokenizerSource("bytes"), field, True, np.dtype(np.uint16))
-
-
-def test_few_batches_are_in_memory_at_once():
-    taken = []
-
-    def batches():
-        for i in range(40):
-            taken.append(i)
-            yield Batch("a.jsonl", True, [b'{"text": "x"}'], [i])
-
-    results = preprocess.encode_all(batches(), work_on(), workers=2)
-    for given, _ in enumerate(results, start=1):
-        assert len(taken) - given < 4
-    assert given == 40
-
-
-def test_a_worker_that_dies():
+def test_a_worker_that_dies(tmp_path):
+    job = Job(TokenizerSource("bytes"), Policy("text"), "<u2", str(tmp_path), ())
     with pytest.raises(DataError, match="a worker process died"):
-        list(preprocess.encode_all(iter([Batch("a.jsonl", True, [Poison()], [1])]), work_on(), workers=2))
+        list(make_parts(iter([(0, Poison(), False)]), job, 2, None))
 
 
 def test_invalid_lines_are_counted_and_the_first_are_shown(tmp_path, capsys):
@@ -145,7 +127,7 @@ def test_invalid_lines_are_counted_and_the_first_are_shown(tmp_path, capsys):
     path.write_text('{"text": "a"}\nbroken\n{"text": "b"}\n{"txt": "c"}\n' + "x\n" * 20)
     assert run("--input", path, "--output", tmp_path / "out", "--tokenizer", "bytes", "--skip-invalid") == 0
     out, err = capsys.readouterr()
-    assert read(tmp_path / "out") == [[97, 256], [98, 256]] and "22 invalid documents skipped" in out
+    assert read(tmp_path / "out") == [[97, 256], [98, 256]] and "; 22 invalid" in out
     assert err.splitlines()[0].startswith("skipped: ") and "line 2: not JSON" in err and len(err.splitlines()) == 10
 
 
@@ -153,6 +135,7 @@ def bad_calls(folder: Path):
     good, model = json_lines(folder / "a.jsonl", ["a"]), str(make_huggingface(folder / "t.json"))
     (folder / "bad.jsonl").write_text('{"text": "a"}\n\n{"text": 5}\n')
     (folder / "odd").write_text("")
+    (folder / "nothing").mkdir()
     empty, out = json_lines(folder / "empty.jsonl", []), str(folder / "out")
     bad = f"{folder}/bad.jsonl"
     usual, hugging = ["--output", out, "--tokenizer", "bytes"], ["--output", out, "--tokenizer", model]
@@ -160,9 +143,11 @@ def bad_calls(folder: Path):
         "no arguments": ([], "the following arguments are required: --input, --output, --tokenizer"),
         "unknown option": (["--input", good, *usual, "--speed", "9"], "unrecognized arguments: --speed 9"),
         "missing input": (["--input", f"{folder}/none.jsonl", *usual], "none.jsonl is missing"),
-        "folder": (["--input", str(folder), *usual], "is a folder"),
+        "folder": (["--input", f"{folder}/nothing", *usual], "is a folder without"),
+        "glob": (["--input", f"{folder}/*.none", *usual], "*.none fits no file"),
+        "twice": (["--input", good, f"{folder}/nothing/../a.jsonl", *usual], "is given twice"),
         "suffix": (["--input", f"{folder}/odd", *usual], "the suffix '' isn't known"),
-        "no workers": (["--input", good, *usual, "--workers", "0"], "--workers is 0"),
+        "no workers": (["--input", good, *usual, "--workers", "0"], "0 is not a number of at least 1"),
         "invalid line": (["--input", good, bad, *usual], "bad.jsonl, line 3: the field 'text' is a JSON number"),
         "no documents": (["--input", empty, *usual], "no text in"),
         "only empty documents": (["--input", json_lines(folder / "blank.jsonl", ["", ""]), *usual], "2 documents, all empty"),
@@ -205,24 +190,22 @@ def test_full_disk(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("moment", ["starting", "working"])
 def test_ctrl_c_with_workers_is_one_word(tmp_path, moment):
-    """The terminal sends it to the workers too, at any moment; nothing of the output stays."""
-    pipe = tmp_path / "a.jsonl"
-    os.mkfifo(pipe)
-    command = [sys.executable, str(SCRIPT), "--input", str(pipe), "--output", str(tmp_path / "out"), "--tokenizer", "bytes",
-               "--workers", "2"]
+    """The terminal sends it to the workers too, at any moment; what is done is kept, and nothing of it under the final name."""
+    json_lines(tmp_path / "a.jsonl", ["x" * 3000] * 20_000)
+    command = [*PROGRAM, "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--tokenizer", "bytes",
+               "--workers", "2", "--piece-bytes", "20000", "--quiet"]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    work = tmp_path / "out.work"
     try:
-        with open(pipe, "wb") as writer:
-            writer.write((b'{"text": "' + b"x" * 100_000 + b'"}\n') * 100)
-            writer.flush()
-            wait_for(lambda: len(children(process.pid)) >= 3 if moment == "starting" else (tmp_path / "out.bin.partial").exists())
-            os.killpg(process.pid, signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+        wait_for(lambda: len(children(process.pid)) >= 2 if moment == "starting" else list(work.glob("*.part")))
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    assert (process.returncode, out) == (130, "") and err.splitlines()[-1] == "interrupted"
+    assert err.splitlines()[0] in ("nothing was written", f"what is done is kept in {work}: the same command goes on")
+    assert {path.name for path in tmp_path.iterdir()} - {"out.work"} == {"a.jsonl"}
 
 
 def children(pid: int) -> list[str]:
@@ -234,24 +217,3 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def test_killed_in_the_middle(tmp_path):
-    """The input is a pipe that stays open: when it is killed, the program has written some and waits. Then it goes through."""
-    pipe, prefix = tmp_path / "a.jsonl", tmp_path / "out"
-    os.mkfifo(pipe)
-    command = [sys.executable, str(SCRIPT), "--input", str(pipe), "--output", str(prefix), "--tokenizer", "bytes"]
-    process = subprocess.Popen(command)
-    with open(pipe, "wb") as writer:
-        writer.write(b'{"text": "' + b"x" * 3_000_000 + b'"}\n' * 2)
-        writer.flush()
-        partial, deadline = tmp_path / "out.bin.partial", time.monotonic() + 30
-        while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(30) == -signal.SIGKILL
-    assert partial.stat().st_size > 0 and not list(tmp_path.glob("out.idx*")) and not (tmp_path / "out.bin").exists()
-    pipe.unlink()
-    json_lines(pipe, ["ab"])
-    subprocess.run(command, check=True, timeout=60, capture_output=True)
-    assert read(prefix) == [[97, 98, 256]] and sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out.bin", "out.idx"]

@@ -146,6 +146,24 @@ def test_without_byte_fallback_unknown_characters_are_lost(shards, tmp_path):
     assert json.loads((tmp_path / "a.report.json").read_text())["held_out"]["x"]["lossless"] == 1
 
 
+def test_every_kind_of_file_gives_the_same_model(shards, tmp_path):
+    """All texts as plain, gzipped, zstandard and parquet shards, by a folder, a glob or a name."""
+    import pyarrow.parquet
+    import zstandard
+    lines = b"".join(shard.read_bytes() for shard in shards)
+    texts = [json.loads(line)["text"] for line in lines.splitlines()]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=100)
+    models = set()
+    for number, inputs in enumerate([shards, [tmp_path / "folder"], [f"{tmp_path}/*.zst"], [tmp_path / "a.parquet"]]):
+        output = tmp_path / f"{number}.json"
+        assert run("--input", *inputs, "--vocab-size", 700, "--type", "byte-bpe", "--output", output, "--quiet") == 0
+        models.add(output.read_bytes())
+    assert len(models) == 1
+
+
 def test_malformed_text_by_policy(tmp_path, capsys):
     """gzipped, by a glob: of four documents that aren't UTF-8 and a hundred that are."""
     good = [json.dumps({"text": f"a good text {number}"}).encode() for number in range(100)]

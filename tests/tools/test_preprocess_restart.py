@@ -1,0 +1,130 @@
+"""A run that is stopped, in any way and at any moment, goes on with the same command to the same bytes."""
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megalm.tools import preprocess
+from megalm.tools.kill_preprocess import kill_at_moments, outputs
+from megalm.tools.preprocess import merge, parts, store
+from tests.tools.test_preprocess import json_lines, refused, run
+
+PIECES = ("--tokenizer", "bytes", "--piece-bytes", "300")
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    return json_lines(tmp_path / "a.jsonl", [f"{i} " + "word " * (i % 50) for i in range(60)])
+
+
+def stop_at(monkeypatch, module, name: str, count: int) -> None:
+    """Let a function end the program, as a kill would, at its call number `count`."""
+    real, calls = getattr(module, name), []
+
+    def stop(*arguments, **options):
+        calls.append(1)
+        if len(calls) == count:
+            raise SystemExit(9)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, stop)
+
+
+def test_killed_at_random_moments(tmp_path):
+    assert kill_at_moments(tmp_path, moments=4, seed=1) >= 4
+
+
+@pytest.mark.parametrize("module, name, counts", [
+    (os, "replace", range(1, 40, 3)), (os, "fsync", range(2, 40, 5)), (merge, "copy_bytes", (1, 5))])
+def test_stopped_at_every_step(tmp_path, text, monkeypatch, capsys, module, name, counts):
+    monkeypatch.setattr(merge, "EVERY", 0)
+    assert run("--input", text, "--output", tmp_path / "right", *PIECES) == 0
+    for count in counts:
+        prefix = tmp_path / f"out{count}"
+        with monkeypatch.context() as patch:
+            patch.setattr(store.Work, "__exit__", lambda self, *_: os.close(self._lock))  # a killed process tidies nothing
+            stop_at(patch, module, name, count)
+            with pytest.raises(SystemExit):
+                run("--input", text, "--output", prefix, *PIECES)
+        left = outputs(prefix)
+        assert all(now in (None, right) for now, right in zip(left, outputs(tmp_path / "right"), strict=True))
+        assert run("--input", text, "--output", prefix, *PIECES) == 0
+        assert outputs(prefix) == outputs(tmp_path / "right") and not Path(f"{prefix}.work").exists()
+    capsys.readouterr()
+
+
+def stopped(tmp_path, text, monkeypatch, *options) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, merge, "copy_bytes", 3)
+        with pytest.raises(SystemExit):
+            run("--input", text, "--output", tmp_path / "out", *PIECES, *options)
+    assert (tmp_path / "out.work" / "run.json").exists()
+
+
+def test_only_what_is_missing_is_done_again(tmp_path, text, monkeypatch, capsys):
+    stopped(tmp_path, text, monkeypatch)
+    work, made, real = tmp_path / "out.work", [], parts.PartWriter.finish
+    done = len(list(work.glob("*.part"))) + json.loads((work / "state.json").read_text())["merged"]
+    monkeypatch.setattr(parts.PartWriter, "finish", lambda self, counts: (made.append(1), real(self, counts)))
+    assert run("--input", text, "--output", tmp_path / "out", *PIECES) == 0
+    assert done and len(made) + done >= 20 and len(made) < 60
+    assert "going on: " in capsys.readouterr().err
+
+
+def test_what_changed_is_named(tmp_path, text, monkeypatch, capsys):
+    stopped(tmp_path, text, monkeypatch)
+    before = sorted(path.name for path in (tmp_path / "out.work").iterdir())
+    usual = ("--input", text, "--output", tmp_path / "out")
+    other = json_lines(tmp_path / "b.jsonl", ["x"])
+    for arguments, message in (
+            ((*usual, *PIECES, "--field", "body"), 'options.field was "text" and is "body"'),
+            ((*usual, *PIECES, "--no-append-eod"), "options.append_eod was true and is false"),
+            (("--input", text, other, *usual[2:], *PIECES), "b.jsonl is new"),
+            (("--input", other, *usual[2:], *PIECES), "a.jsonl is gone"),
+    ):
+        err = refused(capsys, *arguments)
+        assert message in err and "begin anew with --restart" in err
+    with open(text, "a") as file:
+        file.write('{"text": "more"}\n')
+    assert "a.jsonl has changed" in refused(capsys, *usual, *PIECES)
+    assert sorted(path.name for path in (tmp_path / "out.work").iterdir()) == before
+    assert run(*usual, *PIECES, "--restart") == 0
+
+
+def test_a_stricter_beginning_may_go_on_leniently(tmp_path, text, capsys):
+    """An invalid line is met when much is done: --skip-invalid need not do that again."""
+    with open(text, "a") as file:
+        file.write("broken\n")
+    usual = ("--input", text, "--output", tmp_path / "out", *PIECES)
+    assert "line 61: not JSON" in refused(capsys, *usual)
+    assert run(*usual, "--skip-invalid") == 0
+    out, err = capsys.readouterr()
+    assert "going on: " in err and "; 1 invalid" in out
+
+
+def test_full_disk_in_the_middle(tmp_path, text, monkeypatch, capsys):
+    assert run("--input", text, "--output", tmp_path / "right", *PIECES) == 0
+    capsys.readouterr()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "copy_bytes", full)
+        err = refused(capsys, "--input", text, "--output", tmp_path / "out", *PIECES)
+    assert f"No space left on device; what is done is kept in {tmp_path}/out.work: the same command goes on" in err
+    assert run("--input", text, "--output", tmp_path / "out", *PIECES) == 0
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "right")
+
+
+def test_two_at_once(tmp_path, text, capsys):
+    with store.Work(str(tmp_path / "out")):
+        assert "another process is writing it now" in refused(capsys, "--input", text, "--output", tmp_path / "out", *PIECES)
+
+
+def test_help_is_quick():
+    assert preprocess.parser().format_help().count("--restart") == 2

@@ -1,0 +1,69 @@
+"""Documents to the arrays of a data set: the tokens of all, the lengths of their sequences, the sequences of each."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megalm.data.errors import DataError
+
+from .backends import Backend
+
+
+@dataclass
+class Documents:
+    """Some documents: tokens dtype [n]; lengths int32 [sequences]; counts int32 [documents], the sequences of each."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 [documents]."""
+        ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        edges = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+        return np.diff(ends[edges])
+
+    def keep(self, kept: np.ndarray) -> Documents:
+        """Those of a bool mask [documents]."""
+        if kept.all():
+            return self
+        sequences = np.repeat(kept, self.counts)
+        return Documents(self.tokens[np.repeat(sequences, self.lengths)], self.lengths[sequences], self.counts[kept])
+
+
+def encode(texts: Sequence[str], backend: Backend, eod: int | None, dtype: np.dtype,
+           split: Callable[[str], list[str]] | None = None) -> Documents:
+    """The documents as Megatron-LM's preprocess_data.py has them.
+
+    One sequence each, or one for each sentence that `split` finds. A sequence without tokens is left out; so an empty text
+    makes a document of no sequence, which gets no end of document either; else `eod` is the last token of its last sequence.
+    """
+    if split is None:
+        ids, lengths = backend(texts)
+        counts = (lengths > 0).astype(np.int32)
+    else:
+        sentences = [split(text) for text in texts]
+        ids, lengths = backend([sentence for document in sentences for sentence in document])
+        edges = np.concatenate([[0], np.cumsum(np.fromiter(map(len, sentences), np.int64, len(sentences)))])
+        counts = np.diff(np.concatenate([[0], np.cumsum(lengths > 0)])[edges]).astype(np.int32)
+    lengths = lengths[lengths > 0]
+    ids = narrow(ids, dtype)
+    if eod is None:
+        return Documents(ids, lengths.astype(np.int32), counts)
+    last = np.cumsum(counts, dtype=np.int64)[counts > 0] - 1  # the last sequence of each document that has one
+    return Documents(np.insert(ids, np.cumsum(lengths)[last], dtype.type(eod)), with_one_more(lengths, last), counts)
+
+
+def with_one_more(lengths: np.ndarray, places: np.ndarray) -> np.ndarray:
+    longer = lengths.astype(np.int32)
+    longer[places] += 1
+    return longer
+
+
+def narrow(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The ids in the dtype of the data set. Raises DataError if one doesn't fit."""
+    if len(ids) and int(ids.max()) > np.iinfo(dtype).max:
+        raise DataError(f"token id {int(ids.max())} doesn't fit {dtype}: the tokenizer gives ids beyond its vocabulary")
+    return ids.astype(dtype)

@@ -1,0 +1,125 @@
+"""Parts, in their order, to one data set: copied inside the kernel where nothing is left out, published as a whole."""
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megalm.data.indexed import CODES, HEADER, MAGIC, VERSION, file_paths
+from megalm.data.publish import sync_folder, write_atomically
+
+from .parts import Part, part_path
+from .report import Totals
+from .store import Work
+
+EVERY = 5.0  # seconds between notes of the state
+COPY = 1 << 26
+ENTRIES = 1 << 20  # of the .idx at a time
+FILES = {"tokens": None, "lengths": np.dtype("<i4"), "counts": np.dtype("<i4")}
+
+
+class Merger:
+    """Appends parts to the files of a work folder, and makes the data set of them. Goes on from the state that is noted there."""
+
+    def __init__(self, work: Work, dtype: np.dtype):
+        self.work, self.dtype = work, dtype
+        state = work.state() or {"merged": 0, "files": {}, "totals": {}}
+        self.merged, self.totals = state["merged"], Totals.load(state["totals"])
+        self.files = {name: self._open(name, state["files"].get(name, 0)) for name in FILES}
+        self.noted, self.noted_at = self.merged, time.monotonic()
+        for path in work.folder.glob("*.part"):
+            if int(path.stem) < self.merged:
+                path.unlink()
+
+    def _open(self, name: str, size: int):
+        file = os.fdopen(os.open(self.work.folder / name, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+    def add(self) -> None:
+        """Take in the next part."""
+        part = Part(part_path(self.work.folder, self.merged))
+        copy_bytes(part.path, part.token_bytes, self.files["tokens"])
+        lengths, counts = part.array("lengths"), part.array("counts")
+        write_all(self.files["lengths"], lengths)
+        write_all(self.files["counts"], counts)
+        self.totals.add(part, lengths, counts, part.array("sizes"))
+        self.merged += 1
+        if time.monotonic() - self.noted_at > EVERY:
+            self.note()
+
+    def note(self) -> None:
+        """Bring what was appended to the disk, say so, and remove the parts that are in."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
+        self.work.save({"merged": self.merged, "totals": self.totals.dump(),
+                        "files": {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}})
+        for number in range(self.noted, self.merged):
+            part_path(self.work.folder, number).unlink(missing_ok=True)
+        self.noted, self.noted_at = self.merged, time.monotonic()
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+def write_all(file, array: np.ndarray) -> None:
+    """Append an array to an unbuffered file. Raises OSError for a full disk."""
+    rest = memoryview(array.tobytes())
+    while rest:
+        rest = rest[file.write(rest):]
+
+
+def copy_bytes(path: Path, size: int, target) -> None:
+    """Append the first `size` bytes of a file to another, in the kernel where it can. Raises OSError for a full disk."""
+    offset = 0
+    with open(path, "rb", buffering=0) as source:
+        while offset < size:
+            offset += os.sendfile(target.fileno(), source.fileno(), offset, min(COPY, size - offset))
+
+
+def index_bytes(folder: Path, dtype: np.dtype) -> Iterator[bytes]:
+    """The .idx, from the files `lengths` and `counts`, in bounded memory."""
+    sizes = {name: (folder / name).stat().st_size // 4 for name in ("lengths", "counts")}
+    yield HEADER.pack(MAGIC, VERSION, CODES[dtype], sizes["lengths"], sizes["counts"] + 1)
+    yield from (piece.tobytes() for piece in pieces(folder / "lengths"))
+    yield from sums(folder / "lengths", dtype.itemsize)
+    yield from sums(folder / "counts", 1)
+    yield np.int64(sum(int(piece.sum(dtype=np.int64)) for piece in pieces(folder / "counts"))).astype("<i8").tobytes()
+
+
+def pieces(path: Path) -> Iterator[np.ndarray]:
+    with open(path, "rb") as file:
+        while len(piece := np.fromfile(file, "<i4", ENTRIES)):
+            yield piece
+
+
+def sums(path: Path, factor: int) -> Iterator[bytes]:
+    """The sum of what is before each entry, times a factor, int64."""
+    start = 0
+    for piece in pieces(path):
+        ends = start + np.cumsum(piece, dtype=np.int64) * factor
+        yield np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes()
+        start = int(ends[-1])
+
+
+def prepare(work: Work, dtype: np.dtype, description: bytes) -> None:
+    """Make the .idx and the description in the work folder, and note that all is there to be renamed."""
+    write_atomically(work.folder / "index", index_bytes(work.folder, dtype))
+    write_atomically(work.folder / "description", [description])
+    work.save({**work.state(), "complete": True})
+
+
+def publish(work: Work, prefix: str, description_path: Path) -> None:
+    """Rename everything into place, the .idx last, as readers refuse a .bin without one; done again, it does the rest."""
+    bin_path, idx_path = file_paths(prefix)
+    if (work.folder / "tokens").exists():
+        idx_path.unlink(missing_ok=True)  # overwriting: at no moment may the old .idx stand beside the new .bin
+    for name, path in (("tokens", bin_path), ("description", description_path), ("index", idx_path)):
+        if (work.folder / name).exists():
+            os.replace(work.folder / name, path)
+    sync_folder(bin_path.parent)

@@ -1,0 +1,38 @@
+"""The command line of megalm preprocess; imports nothing that takes time."""
+from __future__ import annotations
+
+from megalm.data.tokenizer import TYPES
+from megalm.tools._command import Parser, positive
+
+ENCODING_ERRORS = ("stop", "replace", "drop")
+
+
+def parser() -> Parser:
+    """The command line."""
+    result = Parser(prog="megalm preprocess", description="Text to tokens: JSON lines, plain text or parquet to .bin and .idx. "
+                    "Stopped in any way, the same command goes on.")
+    add = result.add_argument
+    add("--input", nargs="+", required=True, metavar="NAME",
+        help=".jsonl (one object a line), .txt (one document a file), either with .gz or .zst, .parquet; files, folders, globs, "
+             "- for JSON lines on standard input")
+    add("--output", required=True, metavar="PREFIX", help="data/wiki writes data/wiki.bin, .idx and .data.json")
+    add("--tokenizer", required=True, metavar="PATH|bytes", help="a sentencepiece .model, a tokenizer.json, or the word bytes")
+    add("--tokenizer-type", choices=TYPES, help="where the path doesn't say it")
+    add("--eod", metavar="TOKEN", help="the token that ends a document: needed for a tokenizer.json (sentencepiece: eos)")
+    add("--no-append-eod", dest="append_eod", action="store_false", help="don't end documents with that token")
+    add("--field", default="text", help="the JSON field, or the column, that holds the text (text)")
+    add("--split-sentences", action="store_true", help="each sentence is a sequence of its document, for data of BERT's kind")
+    add("--workers", type=positive, default=1, metavar="N", help="processes; the output doesn't depend on it (1)")
+    add("--piece-bytes", type=positive, default=64 << 20, metavar="N",
+        help="of input that a worker does at a time: what is done again, for each, after a stop (67108864)")
+    add("--check-documents", type=int, default=2000, metavar="N",
+        help="the fast tokenizer is used if it gives the ids of the reference on N documents of the corpus, the longest and "
+             "strangest among them (2000); 0: the reference tokenizes")
+    add("--verify", action="store_true", help="compare the two on every document; the reference's ids are written")
+    add("--encoding-errors", choices=ENCODING_ERRORS, default="stop",
+        help="text that isn't UTF-8, or half a surrogate pair: stop, put U+FFFD in its place, or drop the document (stop)")
+    add("--skip-invalid", action="store_true", help="leave out, report and count what can't be read, instead of stopping")
+    add("--restart", action="store_true", help="begin anew, whatever an earlier run has left in PREFIX.work")
+    add("--force", action="store_true", help="replace an existing data set")
+    add("--quiet", action="store_true", help="print nothing but errors")
+    return result

@@ -1,0 +1,152 @@
+"""megalm preprocess, step by step: inputs, tokenizer, the check, parts, one data set."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import megalm
+from megalm.data.description import FORMAT, description_path, tokenizer_identity
+from megalm.data.errors import DataError
+from megalm.data.indexed import refuse_existing, token_dtype
+from megalm.data.tokenizer import Tokenizer, TokenizerSource, guess_source, load_tokenizer
+
+from .backends import Backend, Reference, fast_backend
+from .checking import corpus_samples, first_difference, strange_samples
+from .inputs import Source, Unit, describe, file_hash, find_sources, make_units
+from .job import Job, Worker
+from .merge import Merger, prepare, publish
+from .parts import part_path
+from .pool import make_parts
+from .report import Progress, Totals, show_problems, summary
+from .store import Work
+from .texts import Policy
+
+
+def preprocess(arguments: argparse.Namespace) -> int:
+    """The program, after its arguments. Raises DataError for everything that is wrong with them or with the input."""
+    source = guess_source(arguments.tokenizer, arguments.tokenizer_type, arguments.eod)
+    tokenizer = load_tokenizer(source)
+    if arguments.append_eod and tokenizer.eod is None:
+        known = getattr(tokenizer, "eod_candidates", [])
+        hint = f"; it has {' and '.join(known)}" if known else ""
+        raise DataError(f"{arguments.tokenizer} doesn't say which token ends a document{hint}: name it with --eod, "
+                        "or give --no-append-eod")
+    with Work(arguments.output) as work:
+        if arguments.restart:
+            work.restart()
+        if not work.begun:
+            refuse_existing(arguments.output, arguments.force)
+        try:
+            return _preprocess(arguments, work, source, tokenizer)
+        except (OSError, KeyboardInterrupt) as error:
+            kept = "nothing was written"
+            if work.worth_keeping:
+                kept = f"what is done is kept in {work.folder}: the same command goes on"
+            if isinstance(error, OSError):
+                raise DataError(f"{error.filename or arguments.output}: {error.strerror}; {kept}") from error
+            print(kept, file=sys.stderr)
+            raise
+
+
+def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSource, tokenizer: Tokenizer) -> int:
+    sources = find_sources(arguments.input, work.store_stream)
+    dtype = token_dtype(tokenizer.vocab_size)
+    run = {"tokenizer": tokenizer_identity(source) | {"eod": tokenizer.eod}, "dtype": str(dtype),
+           "unit_bytes": arguments.piece_bytes, "options": options(arguments), "inputs": describe(sources)}
+    goes_on = work.begin(run)
+    units = make_units(sources, arguments.piece_bytes)
+    policy = Policy(arguments.field, arguments.encoding_errors, arguments.skip_invalid)
+    complete = (work.state() or {}).get("complete", False)
+    fast, name = (None, "") if complete else choose(arguments, tokenizer, sources, units, policy)
+    job = Job(source, policy, dtype.str, str(work.folder), tuple(sources), arguments.append_eod, arguments.split_sentences,
+              fast is not None, arguments.verify)
+    merger = Merger(work, dtype)
+    progress = Progress(sum(weight(unit) for unit in units), sum(weight(unit) for unit in units[:merger.merged]), arguments.quiet)
+    if goes_on and not arguments.quiet:
+        print(f"going on: {progress.before / progress.total:.0%} was done", file=sys.stderr)
+    try:
+        if not complete:
+            make_all(units, Worker(job, tokenizer, fast), arguments.workers, merger, progress)
+            if not merger.totals.tokens:
+                work.clear()
+                raise nothing(merger.totals, arguments)
+            prepare(work, dtype, description(run, merger.totals, sources, units))
+        publish(work, arguments.output, description_path(arguments.output))
+    finally:
+        merger.close()
+        progress.close()
+    work.clear()
+    show_problems(merger.totals)
+    if not arguments.quiet:
+        print(summary(arguments.output, merger.totals, dtype, progress, name))
+    return 0
+
+
+def options(arguments: argparse.Namespace) -> dict:
+    """What the output depends on besides inputs and tokenizer."""
+    names = ("field", "append_eod", "split_sentences", "encoding_errors", "skip_invalid")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def weight(unit: Unit) -> int:
+    return sum(span.weight for span in unit)
+
+
+def choose(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequence[Source], units: Sequence[Unit],
+           policy: Policy) -> tuple[Backend | None, str]:
+    """(the fast tokenizer if it may be used, the name of what is used); says why not, where there is one."""
+    reference = Reference(tokenizer)
+    if not arguments.check_documents:
+        return None, reference.name
+    fast, why = fast_backend(tokenizer)
+    if fast is None:
+        if tokenizer.type != "bytes" and not arguments.quiet:
+            print(f"tokenizing at {reference.name}'s own speed: {why}", file=sys.stderr)
+        return None, reference.name
+    samples = [*strange_samples(tokenizer), *corpus_samples(sources, units, policy, arguments.check_documents)]
+    difference = first_difference(samples, fast, reference)
+    if difference is None:
+        return fast, f"{fast.name} (equal to {reference.name} on {len(samples):,} documents)"
+    print(f"tokenizing at {reference.name}'s own speed: {fast.name} gives other ids for {difference}", file=sys.stderr)
+    return None, reference.name
+
+
+def make_all(units: Sequence[Unit], worker: Worker, workers: int, merger: Merger, progress: Progress) -> None:
+    """Make the parts that aren't there yet and take all in, in order."""
+    todo = ((number, unit, part_path(merger.work.folder, number).exists())
+            for number, unit in enumerate(units) if number >= merger.merged)
+    try:
+        for number in make_parts(todo, worker.job, min(workers, max(1, len(units) - merger.merged)), worker):
+            merger.add()
+            progress.add(weight(units[number]))
+    finally:
+        if merger.merged > merger.noted:
+            merger.note()
+
+
+def nothing(totals: Totals, arguments: argparse.Namespace) -> DataError:
+    """The error where there isn't a single token."""
+    left_out = sum(documents for documents, _ in totals.reasons.values())
+    names = ", ".join(arguments.input[:4])
+    return DataError(f"no text in {names}: {totals.documents} documents, all empty, "
+                     f"and {left_out} left out")
+
+
+def description(run: dict, totals: Totals, sources: Sequence[Source], units: Sequence[Unit]) -> bytes:
+    """PREFIX.data.json; it says nothing of when and how the work was done, so that it is the same each time."""
+    pieces: dict[int, list[bytes]] = {}
+    for number, digest in totals.hashes:
+        pieces.setdefault(number, []).append(bytes.fromhex(digest))
+    empty = [bytes.fromhex("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")]  # the SHA-256 of nothing
+    found = {
+        "format": FORMAT, "megalm": megalm.__version__, "tokenizer": run["tokenizer"], "dtype": run["dtype"],
+        "documents": totals.documents, "sequences": totals.sequences, "tokens": totals.tokens, "bytes": totals.bytes,
+        "options": run["options"], "left_out": totals.reasons,
+        "sources": [{"name": source.name, "size": source.size,
+                     "hash": file_hash(source, pieces.get(number, empty), run["unit_bytes"])}
+                    for number, source in enumerate(sources)],
+    }
+    return json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n"
+

@@ -1,0 +1,134 @@
+"""What became of the documents, added up over the parts: for the line at the end, the description and the report."""
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from .parts import Part
+
+SHOWN = 10  # problems that are printed
+BINS = 40  # of the histogram: documents of [2^i, 2^(i+1)) tokens
+
+
+@dataclass
+class Totals:
+    """Sums over parts. `reasons`: {why: [documents, bytes of text]} of what was left out."""
+
+    documents_in: int = 0
+    bytes_in: int = 0
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    bytes: int = 0  # of text in the documents that stay
+    empty: int = 0
+    malformed: int = 0
+    reasons: dict[str, list[int]] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)  # documents that a filter altered
+    histogram: list[int] = field(default_factory=lambda: [0] * BINS)
+    problems: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    hashes: list[list] = field(default_factory=list)  # [source, SHA-256 of a part of it], in order
+
+    @classmethod
+    def load(cls, values: dict) -> Totals:
+        return cls(**values)
+
+    def dump(self) -> dict:
+        return asdict(self)
+
+    def drop(self, why: str, documents: int, size: int) -> None:
+        """Count what was left out."""
+        if documents:
+            entry = self.reasons.setdefault(why, [0, 0])
+            entry[0] += documents
+            entry[1] += size
+
+    def add(self, part: Part, lengths: np.ndarray, counts: np.ndarray, sizes: np.ndarray) -> None:
+        """Count a part: lengths of its sequences, sequences and bytes of text of its documents, of those that stay."""
+        made = part.counts
+        self.documents_in += made["documents_in"]
+        self.bytes_in += made["bytes_in"]
+        self.malformed += made["malformed"]
+        for why, (documents, size) in made["reasons"].items():
+            self.drop(why, documents, size)
+        for what, documents in made["changed"].items():
+            self.changed[what] = self.changed.get(what, 0) + documents
+        self.documents += len(counts)
+        self.sequences += len(lengths)
+        self.tokens += int(lengths.sum(dtype=np.int64))
+        self.bytes += int(sizes.sum())
+        self.empty += int((counts == 0).sum())
+        self._count_lengths(lengths, counts)
+        self.problems += made["problems"][:SHOWN - len(self.problems)]
+        self.differences += made["differences"][:SHOWN - len(self.differences)]
+        self.hashes += made["hashes"]
+
+    def _count_lengths(self, lengths: np.ndarray, counts: np.ndarray) -> None:
+        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        edges = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        tokens = np.diff(ends[edges])
+        bins = np.bincount(np.frexp(tokens[tokens > 0])[1] - 1, minlength=BINS)[:BINS]
+        self.histogram = [was + int(more) for was, more in zip(self.histogram, bins, strict=True)]
+
+
+class Progress:
+    """The line that a terminal shows meanwhile, and the speed at the end."""
+
+    def __init__(self, total: int, done: int, quiet: bool):
+        """Bytes of input: of all, and of what an earlier run has done."""
+        self.total, self.before, self.done = max(1, total), done, done
+        self.live = sys.stderr.isatty() and not quiet
+        self.started = self.shown = time.monotonic()
+
+    def add(self, size: int) -> None:
+        self.done += size
+        now = time.monotonic()
+        if self.live and now - self.shown > 0.5:
+            self.shown = now
+            left = (self.total - self.done) / 1e6 / max(1e-9, self.speed())
+            line = f"{self.done / self.total:6.1%}  {self.speed():.1f} MB/s  {left:.0f} s left"
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+    def speed(self) -> float:
+        """MB of input a second, in this run."""
+        return (self.done - self.before) / 1e6 / max(1e-9, time.monotonic() - self.started)
+
+    def close(self) -> None:
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def summary(prefix: str, totals: Totals, dtype: np.dtype, progress: Progress, tokenizer: str) -> str:
+    """The line at the end."""
+    text = (f"{prefix}: {totals.documents:,} documents, {totals.tokens:,} tokens ({dtype}), from {progress.done / 1e6:.1f} MB "
+            f"at {progress.speed():.1f} MB/s, tokenized by {tokenizer}")
+    if totals.sequences > totals.documents:
+        text += f"; {totals.sequences:,} sentences"
+    if totals.empty:
+        text += f"; {totals.empty:,} empty documents"
+    if totals.malformed:
+        text += f"; {totals.malformed:,} documents weren't UTF-8"
+    for why, (documents, _) in totals.reasons.items():
+        text += f"; {documents:,} {why}"
+    return text
+
+
+def show_problems(totals: Totals, words: str = "skipped") -> None:
+    """The first documents that were left out or mended, on stderr."""
+    for problem in totals.problems[:SHOWN]:
+        print(f"{words}: {problem}", file=sys.stderr)
+    for document in totals.differences[:SHOWN]:
+        print(f"different: {document}: the fast tokenizer gives other ids; the reference's were taken", file=sys.stderr)
+
+
+def bytes_per_token(totals: Totals) -> float:
+    return totals.bytes / max(1, totals.tokens)
+
+
+def percentages(values: Sequence[int]) -> list[float]:
+    total = max(1, sum(values))
+    return [value / total for value in values]
