@@ -14,6 +14,7 @@ from megalm.checkpoint.foreign import sources
 from megalm.config import Config, ConfigError, load
 from megalm.data import DataError, Loader, build_dataset, cache_folder, load_tokenizer
 from megalm.data.blend import told
+from megalm.data.description import tokenizer_problems
 from megalm.data.tokenizer import Tokenizer
 from megalm.engine.ds_config import check_deepspeed
 from megalm.engine.engine import Engine, build
@@ -105,6 +106,7 @@ def _derive(config: Config, world: World) -> tuple[Tokenizer, Plan, list[str]]:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.data.mask_eod and tokenizer.eod is None:
         problems.append("data.mask_eod: true needs an end-of-document token, which the tokenizer hasn't; tokenizer.eod names it")
+    problems += tokenizer_problems([source.path for source in (*config.data.train, *config.data.valid)], config.tokenizer)
     if problems:
         raise ConfigError(problems)
     kernels = [f"{op}: {backend}" for op, backend in choose_kernels(config, world.device).items()]

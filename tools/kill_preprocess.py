@@ -22,7 +22,7 @@ from megalm.data.errors import DataError
 from megalm.tools._command import Parser, positive, run
 
 SUFFIXES = (".bin", ".idx", ".data.json")
-WORDS = "a quick brown fox jumps over the lazy dog; def return import class ( ) 你好 世界 😀 = + x1 . ?".split()
+WORDS = ["quick", "brown", "fox", "the", "lazy", "dog", "def", "return", "(", ")", "你好", "世界", "😀", "=", "x1", ".", "?"]
 KILLS = 3  # of one run, before it may end
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from megalm.data.tokenizer import Tokenizer, TokenizerSource, load_tokenizer
 
 from .backends import Backend, Reference, fast_backend
+from .cleaning import Cleaner, Cleaning
+from .duplicates import exact_marks, near_marks
 from .encode import Documents, encode
 from .inputs import Source, Unit, span_hash
 from .parts import PartWriter
@@ -30,6 +32,7 @@ class Job:
     sentences: bool = False
     fast: bool = False  # the check has allowed the fast backend
     verify: bool = False  # compare it with the reference on every document
+    cleaning: Cleaning = Cleaning()
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Worker:
         self.reference = Reference(tokenizer)
         self.fast = (fast or fast_backend(tokenizer)[0]) if job.fast else None
         self.split = split_sentences if job.sentences else None
+        self.cleaner = Cleaner(job.cleaning) if job.cleaning.of_text else None
 
     def __call__(self, number: int, unit: Unit) -> None:
         """Write part `number`. Raises DataError for a document that can't be taken nor left out, OSError for a full disk."""
@@ -70,10 +74,42 @@ class Worker:
 
     def _chunk(self, chunk: Chunk, counts: Counts, part: PartWriter) -> None:
         texts, places = texts_of(chunk, self.job.policy, counts)
+        counts.bytes_in += sum(map(utf8_size, texts))
+        if self.cleaner is not None:
+            texts, places = self._clean(texts, places, counts)
         sizes = np.fromiter(map(utf8_size, texts), np.int64, len(texts))
-        counts.bytes_in += int(sizes.sum())
         documents = self._encode(texts, chunk, places, counts)
-        part.add(documents.tokens, lengths=documents.lengths, counts=documents.counts, sizes=sizes)
+        cleaning, marks = self.job.cleaning, {}
+        if cleaning.of_tokens:
+            kept = self._fitting(documents.document_lengths(), sizes, counts)
+            documents, sizes = documents.keep(kept), sizes[kept]
+            texts = [text for text, stays in zip(texts, kept, strict=True) if stays]
+        if cleaning.deduplicate:
+            marks["exact"] = exact_marks(texts)
+        if cleaning.near_duplicates is not None:
+            marks["near"] = near_marks(texts)
+        part.add(documents.tokens, lengths=documents.lengths, counts=documents.counts, sizes=sizes, **marks)
+
+    def _clean(self, texts: list[str], places: list[int], counts: Counts) -> tuple[list[str], list[int]]:
+        kept_texts, kept_places = [], []
+        for text, place in zip(texts, places, strict=True):
+            cleaned, why = self.cleaner(text, counts.changed)
+            if cleaned is None:
+                counts.drop(why, utf8_size(text))
+            else:
+                kept_texts.append(cleaned)
+                kept_places.append(place)
+        return kept_texts, kept_places
+
+    def _fitting(self, tokens: np.ndarray, sizes: np.ndarray, counts: Counts) -> np.ndarray:
+        """Which documents have as many tokens as asked, bool [documents]."""
+        most = self.job.cleaning.max_tokens
+        few = tokens < self.job.cleaning.min_tokens
+        many = tokens > most if most is not None else np.zeros_like(few)
+        for why, mask in (("of too few tokens", few), ("of too many tokens", many)):
+            for size in sizes[mask]:
+                counts.drop(why, int(size))
+        return ~few & ~many
 
     def _encode(self, texts: list[str], chunk: Chunk, places: list[int], counts: Counts) -> Documents:
         if self.fast is None:

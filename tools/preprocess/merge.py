@@ -11,6 +11,9 @@ import numpy as np
 from megalm.data.indexed import CODES, HEADER, MAGIC, VERSION, file_paths
 from megalm.data.publish import sync_folder, write_atomically
 
+from .cleaning import Cleaning
+from .duplicates import wanted
+from .encode import Documents
 from .parts import Part, part_path
 from .report import Totals
 from .store import Work
@@ -18,17 +21,21 @@ from .store import Work
 EVERY = 5.0  # seconds between notes of the state
 COPY = 1 << 26
 ENTRIES = 1 << 20  # of the .idx at a time
-FILES = {"tokens": None, "lengths": np.dtype("<i4"), "counts": np.dtype("<i4")}
+FILES = ("tokens", "lengths", "counts")
 
 
 class Merger:
     """Appends parts to the files of a work folder, and makes the data set of them. Goes on from the state that is noted there."""
 
-    def __init__(self, work: Work, dtype: np.dtype):
+    def __init__(self, work: Work, dtype: np.dtype, cleaning: Cleaning):
         self.work, self.dtype = work, dtype
         state = work.state() or {"merged": 0, "files": {}, "totals": {}}
         self.merged, self.totals = state["merged"], Totals.load(state["totals"])
         self.files = {name: self._open(name, state["files"].get(name, 0)) for name in FILES}
+        self.duplicates = wanted(cleaning)
+        for kind in self.duplicates:
+            kind.go_on(self._open(kind.name, state["files"].get(kind.name, 0)))
+            self.files[kind.name] = kind.file
         self.noted, self.noted_at = self.merged, time.monotonic()
         for path in work.folder.glob("*.part"):
             if int(path.stem) < self.merged:
@@ -43,14 +50,30 @@ class Merger:
     def add(self) -> None:
         """Take in the next part."""
         part = Part(part_path(self.work.folder, self.merged))
-        copy_bytes(part.path, part.token_bytes, self.files["tokens"])
-        lengths, counts = part.array("lengths"), part.array("counts")
+        lengths, counts, sizes = part.array("lengths"), part.array("counts"), part.array("sizes")
+        kept = self._kept(part, sizes)
+        if kept is None or kept.all():
+            copy_bytes(part.path, part.token_bytes, self.files["tokens"])
+        else:
+            documents = Documents(part.array("tokens"), lengths, counts).keep(kept)
+            write_all(self.files["tokens"], documents.tokens)
+            lengths, counts, sizes = documents.lengths, documents.counts, sizes[kept]
         write_all(self.files["lengths"], lengths)
         write_all(self.files["counts"], counts)
-        self.totals.add(part, lengths, counts, part.array("sizes"))
+        self.totals.add(part, lengths, counts, sizes)
         self.merged += 1
         if time.monotonic() - self.noted_at > EVERY:
             self.note()
+
+    def _kept(self, part: Part, sizes: np.ndarray) -> np.ndarray | None:
+        """Which documents of a part are no duplicates, bool [documents]; None where nobody asked."""
+        kept = None
+        for kind in self.duplicates:
+            marks = part.array(kind.name).reshape(-1, kind.width)
+            before = np.ones(len(sizes), bool) if kept is None else kept
+            kept = kind.first(marks, before)
+            self.totals.drop(kind.why, int((before & ~kept).sum()), int(sizes[before & ~kept].sum()))
+        return kept
 
     def note(self) -> None:
         """Bring what was appended to the disk, say so, and remove the parts that are in."""

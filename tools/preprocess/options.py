@@ -1,10 +1,44 @@
 """The command line of megalm preprocess; imports nothing that takes time."""
 from __future__ import annotations
 
+import argparse
+
 from megalm.data.tokenizer import TYPES
 from megalm.tools._command import Parser, positive
 
 ENCODING_ERRORS = ("stop", "replace", "drop")
+
+
+def cleaning(result: Parser) -> None:
+    """The flags of cleaning.py and duplicates.py; all are off by default."""
+    group = result.add_argument_group("cleaning", "off unless asked for; what is changed or left out is counted in the report")
+    add = group.add_argument
+    add("--normalize", choices=("NFC", "NFKC"), help="Unicode normalization")
+    add("--secrets", choices=("drop", "redact"), help="private keys, access keys, tokens, passwords in code: drop the document, "
+        "or put [SECRET] in their place")
+    add("--emails", choices=("drop", "redact"), help="e-mail addresses, likewise: [EMAIL]")
+    add("--languages", type=lambda text: tuple(text.split(",")), default=(), metavar="en,zh",
+        help="leave out documents in other languages (codes of ISO 639-1; fewer than 20 letters: stays)")
+    add("--min-characters", type=positive, default=0, metavar="N", help="leave out shorter documents")
+    add("--max-characters", type=positive, metavar="N", help="leave out longer documents")
+    add("--min-tokens", type=positive, default=0, metavar="N", help="leave out shorter documents; the end of document counts")
+    add("--max-tokens", type=positive, metavar="N", help="leave out longer documents")
+    add("--deduplicate", action="store_true", help="leave out documents that came before (100 bytes of memory for each other)")
+    add("--near-duplicates", type=share, nargs="?", const=0.8, metavar="SIMILARITY",
+        help="leave out documents that share so much of their runs of five words with an earlier one: MinHash's estimate (0.8; "
+             "3 kB of memory for each other)")
+    add("--report", metavar="FILE.json", help="what came in, went out and why; beside it a table (.txt) and the lengths (.png)")
+
+
+def share(text: str) -> float:
+    """The type of --near-duplicates."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a similarity above 0 and at most 1")
+    return value
 
 
 def parser() -> Parser:
@@ -32,6 +66,7 @@ def parser() -> Parser:
     add("--encoding-errors", choices=ENCODING_ERRORS, default="stop",
         help="text that isn't UTF-8, or half a surrogate pair: stop, put U+FFFD in its place, or drop the document (stop)")
     add("--skip-invalid", action="store_true", help="leave out, report and count what can't be read, instead of stopping")
+    cleaning(result)
     add("--restart", action="store_true", help="begin anew, whatever an earlier run has left in PREFIX.work")
     add("--force", action="store_true", help="replace an existing data set")
     add("--quiet", action="store_true", help="print nothing but errors")

@@ -5,6 +5,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import megalm
 from megalm.data.description import FORMAT, description_path, tokenizer_identity
@@ -14,12 +16,14 @@ from megalm.data.tokenizer import Tokenizer, TokenizerSource, guess_source, load
 
 from .backends import Backend, Reference, fast_backend
 from .checking import corpus_samples, first_difference, strange_samples
+from .cleaning import Cleaning
 from .inputs import Source, Unit, describe, file_hash, find_sources, make_units
 from .job import Job, Worker
 from .merge import Merger, prepare, publish
 from .parts import part_path
 from .pool import make_parts
 from .report import Progress, Totals, show_problems, summary
+from .report_files import write_report
 from .store import Work
 from .texts import Policy
 
@@ -61,8 +65,8 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
     complete = (work.state() or {}).get("complete", False)
     fast, name = (None, "") if complete else choose(arguments, tokenizer, sources, units, policy)
     job = Job(source, policy, dtype.str, str(work.folder), tuple(sources), arguments.append_eod, arguments.split_sentences,
-              fast is not None, arguments.verify)
-    merger = Merger(work, dtype)
+              fast is not None, arguments.verify, cleaning_of(arguments))
+    merger = Merger(work, dtype, job.cleaning)
     progress = Progress(sum(weight(unit) for unit in units), sum(weight(unit) for unit in units[:merger.merged]), arguments.quiet)
     if goes_on and not arguments.quiet:
         print(f"going on: {progress.before / progress.total:.0%} was done", file=sys.stderr)
@@ -79,6 +83,8 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
         progress.close()
     work.clear()
     show_problems(merger.totals)
+    if arguments.report:
+        write_report(Path(arguments.report), merger.totals)
     if not arguments.quiet:
         print(summary(arguments.output, merger.totals, dtype, progress, name))
     return 0
@@ -87,7 +93,17 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
 def options(arguments: argparse.Namespace) -> dict:
     """What the output depends on besides inputs and tokenizer."""
     names = ("field", "append_eod", "split_sentences", "encoding_errors", "skip_invalid")
-    return {name: getattr(arguments, name) for name in names}
+    return {name: getattr(arguments, name) for name in names} | {"cleaning": asdict(cleaning_of(arguments))}
+
+
+def cleaning_of(arguments: argparse.Namespace) -> Cleaning:
+    """The flags of cleaning. Raises DataError for limits that leave nothing."""
+    wish = Cleaning(**{item.name: getattr(arguments, item.name) for item in fields(Cleaning)})
+    for what in ("characters", "tokens"):
+        least, most = getattr(wish, f"min_{what}"), getattr(wish, f"max_{what}")
+        if most is not None and most < least:
+            raise DataError(f"--min-{what} {least} is above --max-{what} {most}: nothing would stay")
+    return wish
 
 
 def weight(unit: Unit) -> int:
