@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megalm.ops.attention import UNBOUNDED
 from megalm.ops.decode import decode
 from megalm.ops.kernels.decode import HEAD_DIMS
 from megalm.tools.kernel_cases.accuracy import randn
@@ -16,17 +17,19 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def _case(name: str, lengths: Sequence[int], heads: int, groups: int, queries: int = 1, room: int = 5,
-          dims: tuple[int, int] = (64, 64), page: int = 0, plain: str = "torch", sinks: bool = False, lse: bool = False,
-          options: Callable[[Tensor], dict] = lambda q: {}) -> Case:
-    """`room`: how much longer the cache is than the longest sequence; there, and in pages that nobody needs, is NaN. page: paged.
-    `options(q)` makes the call's other keyword arguments on q's device."""
+          dims: tuple[int, int] = (64, 64), page: int = 0, left: int = UNBOUNDED, plain: str = "torch", sinks: bool = False,
+          lse: bool = False, options: Callable[[Tensor], dict] = lambda q: {}) -> Case:
+    """`room`: how much longer the cache is than the longest sequence; there, before a window (`left`) and in pages that nobody
+    needs is NaN. page: paged. `options(q)` makes the call's other keyword arguments on q's device."""
     batch, width = len(lengths), max(lengths) + room
 
     def inputs():
         q = randn(queries, batch, heads, dims[0])
         k, v = (randn(width, batch, groups, d, seed=seed) for seed, d in enumerate(dims, start=1))
         for sequence, length in enumerate(lengths):
-            k[length:, sequence], v[length:, sequence] = torch.nan, torch.nan
+            first = max(0, length - queries - left) if left >= 0 else 0
+            for cache in (k, v):
+                cache[length:, sequence], cache[:first, sequence] = torch.nan, torch.nan
         tensors = [q, k, v, torch.tensor(lengths, dtype=torch.int32)]
         if page:
             tensors[1:3], table = zip(*(_paged(x, lengths, page) for x in (k, v)), strict=True)
@@ -37,7 +40,7 @@ def _case(name: str, lengths: Sequence[int], heads: int, groups: int, queries: i
         rest = list(rest)
         table = rest.pop(0) if page else None
         sink = rest[0] if rest else None
-        return decode(q, k, v, lengths, table=table, sinks=sink, return_lse=lse, backend=backend, **options(q))
+        return decode(q, k, v, lengths, table=table, sinks=sink, return_lse=lse, left=left, backend=backend, **options(q))
 
     return Case(f"decode {name}", inputs, run, plain=plain, dtypes=HALVES)
 
@@ -78,8 +81,8 @@ def small() -> list[Case]:
         _case("d256, 3 rows", [129], 3, 1, dims=(256, 256), room=40),
         _case("pages of 16", [63, 0, 200, 17], 4, 2, page=16),
         _case("pages of 64, d128", [300, 64], 8, 2, queries=2, page=64, dims=(128, 128)),
-        _case("a window", [250, 40], 2, 1, queries=3, options=_fixed(left=50)),
-        _case("a window, pages", [400], 2, 2, page=32, options=_fixed(left=100)),
+        _case("a window", [250, 40], 2, 1, queries=3, left=50),
+        _case("a window, pages", [400], 2, 2, page=32, left=100),
         bent("softcap", [130], 2, 1, options=_fixed(softcap=3.0)),
         bent("alibi, two queries", [140, 31], 4, 2, queries=2, options=_slopes),
         bent("negative scale", [90], 2, 1, options=_fixed(scale=-0.2)),
