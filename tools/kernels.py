@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float32")
 DEVICES = ("cuda", "cpu")
-USUAL = {"attention": ("head_dim=128",), "activation": ("swiglu",), "norm": ("rms_norm",)}
+USUAL = {"attention": ("head_dim=128",), "decode": ("head_dim=128",), "activation": ("swiglu",), "norm": ("rms_norm",)}
 """What the calls of a Llama-style model have: traits without which a backend could not tell whether it serves."""
 
 

@@ -152,9 +152,9 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, None]
 
 
 def _megalm_serves(features: Features) -> str | None:
-    known = {dims_trait(*dims) for dims in kernels.HEAD_DIMS}
-    if features.dtype not in (torch.bfloat16, torch.float16) or not known & {*features.traits}:
-        return f"its kernels take bf16 and fp16 with {', '.join(dims_trait(*dims) for dims in kernels.HEAD_DIMS)}"
+    known = [dims_trait(*dims) for dims in kernels.HEAD_DIMS]
+    if features.dtype not in (torch.bfloat16, torch.float16) or not {*known} & {*features.traits}:
+        return f"its kernels take bf16 and fp16 with {', '.join(known).replace('head_dim=', '')} as head dim"
     return megalm_kernels(features)
 
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megalm.config import validate
+from megalm.engine.sequential import SequentialModel
+from megalm.model import layers
+from megalm.model.cache import KeyValueCache
 from megalm.ops.decode import decode
+from megalm.ops.kernels import decode as kernels
 from megalm.ops.kernels.decode import attention_decode
+from megalm.ops.registry import REGISTRY
+from megalm.parallel.groups import TensorParallel
+from megalm.parallel.random import StepContext
+from megalm.plan import make_plan
 from megalm.tools.kernel_cases.accuracy import poisoned, randn
 
 
@@ -118,12 +127,39 @@ def test_strides(shim):
     assert torch.equal(decode(wide[..., :64], k, v, backend="megalm"), expected)   # rows that are not 16 bytes apart
 
 
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@torch.inference_mode()
+def test_a_model_s_steps_go_through_it(shim, monkeypatch, positions):
+    """Two sequences of unequal lengths in bf16: near what torch gives, and by the kernel."""
+    config = validate({
+        "model": {"num_layers": 2, "hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 2, "seq_length": 96,
+                  "vocab_size": 64, "position_embedding": positions, "init_std": 0.1},
+        "batch": {"micro": 1, "global": 1}, "precision": {"dtype": "bf16"}, "optimizer": {"lr": 1e-3},
+        "tokenizer": {"type": "bytes"}, "data": {"train": [{"path": "none"}]}, "train": {"dir": "none", "steps": 1},
+    })  # fmt: skip
+    model = SequentialModel(layers(config, make_plan(config, 1), TensorParallel(), StepContext(1)), None).eval()
+    tokens, found, calls = torch.randint(64, (2, 80), generator=torch.Generator().manual_seed(1)), {}, []
+    count = kernels._DECODE.count
+    monkeypatch.setattr(kernels._DECODE, "count", lambda *arguments, **values: calls.append(0) or count(*arguments, **values))
+    for backend in ("megalm", "torch"):
+        monkeypatch.setitem(REGISTRY.table["measured"]["cpu"], "decode", [backend])
+        REGISTRY.chosen.clear()
+        cache, outputs, at = KeyValueCache(2, 96, torch.device("cpu")), [], 0
+        for counts in ([70, 33], [1, 1], [4, 4], [1, 1]):
+            with cache.adding(model, counts):
+                outputs.append(model.outputs(tokens[:, at:at + max(counts)])[0])
+            at += max(counts)
+        found[backend] = torch.cat([outputs[0][:33], *outputs[1:]]).float()
+    assert len(calls) == 3 * 2   # steps times layers
+    torch.testing.assert_close(found["megalm"], found["torch"], rtol=0.05, atol=0.05)
+
+
 def test_what_is_refused(shim):
     q, k, v = tensors()
     n = lengths(3, 4)
-    with pytest.raises(ValueError, match="its kernels take bf16 and fp16 with head_dim=64, "):
+    with pytest.raises(ValueError, match="its kernels take bf16 and fp16 with 64, 80, "):
         decode(q.float(), k.float(), v.float(), n, backend="megalm")
-    with pytest.raises(ValueError, match="its kernels take bf16 and fp16 with head_dim=64, "):
+    with pytest.raises(ValueError, match="its kernels take bf16 and fp16 with 64, 80, "):
         decode(q[..., :48], k[..., :48], v[..., :48], n, backend="megalm")
     with pytest.raises(ValueError, match="v is torch.float16 on cpu; it must be torch.bfloat16"):
         decode(q, k, v.half(), n, backend="megalm")
