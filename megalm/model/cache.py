@@ -38,24 +38,25 @@ class KeyValueCache:
         self.start = self.end = 0               # the place of the first new token in the longest sequence; of the last, + 1
         self.positions: Tensor | None = None    # of the new tokens, int64 [n, b], where sequences differ
         self.seen: Tensor | None = None         # int32 [b], each sequence's length with the new tokens, where they differ
-        self._layers: dict[int, LayerCache] = {}
+        self._layers: dict[nn.Module, LayerCache] = {}
 
     @contextmanager
     def adding(self, model: nn.Module, counts: Sequence[int]) -> Iterator[None]:
-        """Inside, one forward pass of `model` (in eval mode) over tokens [b, n] appends them and sees those before.
+        """Inside, one forward pass of `model` (in eval mode, always the same) appends its tokens [b, n] and sees those before.
 
         counts: how many of the n = max(counts) tokens each sequence has; the rest is padding, whose outputs mean nothing.
         Raises ValueError where they don't fit.
         """
         assert not model.training and len(counts) == len(self.lengths), (model.training, counts)
         self._place(max(counts))
-        holders = [module for module in model.modules() if hasattr(module, "cache")]
-        for index, module in enumerate(holders):
-            module.cache = self._layers.setdefault(index, LayerCache(self))
+        if not self._layers:
+            self._layers = {module: LayerCache(self) for module in model.modules() if hasattr(module, "cache")}
+        for module, layer in self._layers.items():
+            module.cache = layer
         try:
             yield
         finally:
-            for module in holders:
+            for module in self._layers:
                 module.cache = None
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 

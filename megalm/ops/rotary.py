@@ -123,7 +123,8 @@ def _reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, offset: i
 
 
 def _torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, offset: int, positions: Tensor | None) -> Tensor:
-    if torch.compiler.is_compiling():
+    # One token, in generation, is not worth tables as wide as all heads, nor a node of autograd's.
+    if torch.compiler.is_compiling() or x.shape[0] == 1 and not torch.is_grad_enabled():
         return _reference(x, cos, sin, interleaved, offset, positions)
     return _Rotary.apply(x, *(_angles(x, table, offset, positions) for table in (cos, sin)), interleaved)
 
