@@ -1,7 +1,8 @@
-"""Weights from one format to another, a few rows at a time: megalm's checkpoints and Hugging Face folders.
+"""Weights from one format to another, a few rows at a time: megalm's checkpoints, Hugging Face folders, others' to read.
 
 megalm convert --from hf:PATH --to DIR          a checkpoint, for generate, init_from and convert
 megalm convert --from RUN --to hf:DIR           config.json, safetensors and the tokenizer's files
+megalm convert --from megatron:PATH --config JSON --to DIR or hf:DIR; neox:PATH alike: they don't say what model they are
 megalm convert --print-config hf:PATH           the model section that its weights ask for
 """
 from __future__ import annotations
@@ -47,9 +48,11 @@ class Opened(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns 0, or 2 with one line a mistake."""
     parser = Parser(prog="megalm convert", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--from", dest="source", metavar="WEIGHTS", help="hf:PATH, a run's folder, or one checkpoint in it")
+    parser.add_argument("--from", dest="source", metavar="WEIGHTS",
+                        help="hf:, megatron: or neox:PATH, a run's folder, or one checkpoint in it")
     parser.add_argument("--to", dest="target", metavar="FOLDER", help="hf:PATH, or a folder for a checkpoint; it must be new")
     parser.add_argument("--print-config", metavar="hf:PATH", help="print the model section instead")
+    parser.add_argument("--config", metavar="JSON", help="a config with the model and tokenizer of megatron: and neox: weights")
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights; default: as they were trained or published")
     parser.add_argument("--family", help="the Hugging Face model_type; default: the first that can express the model")
     parser.add_argument("--like", metavar="hf:PATH",
@@ -63,7 +66,10 @@ def _convert(arguments: argparse.Namespace) -> int:
         return 0
     if not arguments.source or not arguments.target:
         raise ValueError("--from and --to are needed, or --print-config (--help lists the options)")
-    opened = _open(arguments.source)
+    if sources.kind_of(arguments.source)[0] in sources.OPENERS:
+        opened = _open_described(arguments.source, arguments.config)
+    else:
+        opened = _open(arguments.source)
     kind, path = sources.kind_of(arguments.target)
     if kind not in (None, "hf"):
         raise ValueError(f"--to {arguments.target}: megalm writes its own checkpoints and hf: folders")
@@ -91,6 +97,18 @@ def _open(spec: str) -> Opened:
     origin = {file.name: file for file in sorted((folder / ORIGIN).glob("*"))}
     model = config.model.model_copy(update={"vocab_size": vocab_size})
     return Opened(model, read_weights(folder), config.precision.dtype, origin, section)
+
+
+def _open_described(spec: str, config_path: str | None) -> Opened:
+    """Weights of a format that doesn't say what model they are: the config does."""
+    if config_path is None:
+        raise ValueError(f"--from {spec}: --config is needed, whose model section says what model it is")
+    config = load(config_path)
+    vocab_size = config.model.vocab_size or load_tokenizer(config.tokenizer).vocab_size
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
+    weights = sources.open_for(spec, model, vocab_size)
+    dtype = NAMES.get(weights.dtype("embedding.word.weight"), "fp32")
+    return Opened(model, weights, dtype, {}, config.tokenizer.model_dump(mode="json"))
 
 
 def _tokenizer_of(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[str, Any]:

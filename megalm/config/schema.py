@@ -297,7 +297,7 @@ class Checkpoint(Section):
     allow_changes: bool = False
     """Resume although model, data, tokenizer, global batch, optimizer or seed differ."""
     init_from: Text | None = None
-    """Start from the weights of this checkpoint, or of hf:PATH, a folder in Hugging Face's format, at step 0."""
+    """Start at step 0 from the weights of this checkpoint, or of hf:PATH (Hugging Face), megatron:PATH or neox:PATH."""
 
 
 class Wandb(Section):

@@ -1,34 +1,17 @@
-"""Tensors of safetensors files, and of what torch.save wrote, opened so that nothing but tensors can come out of it."""
+"""The tensors of a folder in Hugging Face's arrangement."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalm.checkpoint.foreign.pickles import load_pickle
 from megalm.checkpoint.format import CheckpointError, inside, read_json
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
-
-def load_pickle(path: Path) -> Any:
-    """What torch.save wrote, mapped rather than read, tensors on the CPU.
-
-    weights_only: the unpickler makes tensors and plain containers, and nothing that a file names. Raises CheckpointError.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).replace("WeightsUnpickler error:", "").split()).partition("Please use")[0]
-        where = reason.partition("weights_only")[0] if "GLOBAL" not in reason else reason[reason.index("GLOBAL"):]
-        raise CheckpointError(f"{path}: refused: it holds more than tensors ({where[:160].strip()}...)") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise CheckpointError(f"{path}: can't be read: {' '.join(str(error).split())[:200]}") from error
 
 
 class TensorFiles:

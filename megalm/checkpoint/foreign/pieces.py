@@ -29,12 +29,15 @@ class Piece:
 class Foreign(Mapping[str, Tensor]):
     """Part name -> the whole tensor, on the CPU, read when it is asked for and not kept: what Weights is to a checkpoint.
 
-    `source`: where it all comes from, for messages. `shapes`: of every part, the vocabulary without padding.
+    `source`: where it all comes from, for messages. `shapes`: of every part, the vocabulary without padding. `release`:
+    lets go of files that stay open from one part to the next.
     """
 
-    def __init__(self, source: str, shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[str, list[Piece]]) -> None:
+    def __init__(self, source: str, shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[str, list[Piece]],
+                 release: Callable[[], None] = lambda: None) -> None:
         """Raises CheckpointError where the pieces of a part don't hold every element exactly once."""
         self.source, self._shapes, self._pieces = source, dict(shapes), dict(pieces)
+        self.release = release
         for part, shape in self._shapes.items():
             held = sum(boxes.size(piece.box) for piece in self._pieces.get(part, ()))
             if held != math.prod(shape):
@@ -54,9 +57,6 @@ class Foreign(Mapping[str, Tensor]):
         rows = torch.empty((high - low, *shape[1:]), dtype=self.dtype(part))
         self.fill(Fragment(part, "weight", shape, 0, low, high, 0, rows.view(-1)))
         return rows
-
-    def release(self) -> None:
-        """Let go of open files; none stays open here."""
 
     @torch.no_grad()
     def fill(self, target: Fragment) -> None:

@@ -1,10 +1,12 @@
-"""What a user names as weights from elsewhere: hf:PATH."""
+"""What a user names as weights from elsewhere: hf:PATH, megatron:PATH, neox:PATH."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+from megalm.checkpoint.foreign.megatron import open_megatron
+from megalm.checkpoint.foreign.neox import open_neox
 from megalm.checkpoint.foreign.pieces import Foreign
 from megalm.checkpoint.format import CheckpointError
 from megalm.checkpoint.fragment import WEIGHT_ROLES, Fragment
@@ -13,7 +15,9 @@ from megalm.checkpoint.load import PROBLEMS_SHOWN
 from megalm.checkpoint.save import Engine, Ranks
 from megalm.config.schema import Model
 
-KINDS = ("hf",)
+OPENERS = {"megatron": open_megatron, "neox": open_neox}
+"""Formats that don't describe their model: what reads them must be told, and finds out whether it is so."""
+KINDS = ("hf", *OPENERS)
 
 
 def kind_of(spec: str) -> tuple[str | None, str]:
@@ -27,7 +31,9 @@ def open_for(spec: str, model: Model, vocab_size: int) -> Foreign:
 
     Raises CheckpointError with every difference between the two models, in one message.
     """
-    _, path = kind_of(spec)
+    kind, path = kind_of(spec)
+    if kind in OPENERS:
+        return OPENERS[kind](path, model.model_copy(update={"vocab_size": vocab_size}))
     found = open_huggingface(path)
     problems = differences(model, found.model, ("here", f"in {path}"))
     if found.model.vocab_size != vocab_size:
@@ -70,7 +76,10 @@ def fill_weights(fragments: Iterable[Fragment], weights: Foreign) -> None:
 
 def describe(spec: str) -> dict[str, Any]:
     """The keys of the model section that the weights ask for; those that are so by default are left out."""
-    model = open_huggingface(kind_of(spec)[1]).model
+    kind, path = kind_of(spec)
+    if kind != "hf":
+        raise CheckpointError(f"{spec}: only hf:PATH says what model it is")
+    model = open_huggingface(path).model
     asked = model.model_dump(mode="json", exclude_defaults=True)
     for key in ("num_query_groups", "head_dim", "ffn_hidden_size", "qkv_bias", "mlp_bias"):
         shorter = {name: value for name, value in asked.items() if name != key}
