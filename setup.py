@@ -106,6 +106,7 @@ setup(
         "numpy>=1.26",
         "pydantic>=2.11",
         "safetensors>=0.4.3",
+        "xxhash>=3.5",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
         "orjson>=3.10",

@@ -19,8 +19,9 @@ from megalm.data.tokenizer import load_tokenizer  # imports no torch
 from megalm.launch import output, rank
 from megalm.launch.gpus import visible_gpus
 from megalm.launch.output import say
-from megalm.launch.process import adopt_orphans, die_with_parent, ignored
+from megalm.launch.process import adopt_orphans, ignored
 from megalm.launch.supervise import Interrupts, RankProcess, supervise
+from megalm.parallel.process import die_with_parent
 from megalm.plan import Plan, PlanError, make_plan
 
 LAUNCHER_PID = "MEGALM_LAUNCHER_PID"  # tells a fresh rank process who its parent must be
@@ -138,7 +139,8 @@ def _fork(plan: Plan, environment: dict[str, str], arguments: tuple) -> list[Ran
                 os.dup2(null, 0)
                 os.environ.update(_of_rank(number))
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the launcher passes it on as SIGTERM
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                for stop in (signal.SIGTERM, signal.SIGUSR1):
+                    signal.signal(stop, signal.SIG_DFL)
                 if not ignored(signal.SIGINT):
                     signal.signal(signal.SIGINT, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

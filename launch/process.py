@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import time
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
-PR_SET_CHILD_SUBREAPER = 36
+from megalm.parallel.process import prctl
+
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 KILL_SECONDS = 60.0  # from SIGKILL to the end: the kernel takes a while for a large memory, or a GPU's
-
-
-def _prctl(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel SIGKILL this process when its parent ends, however it ends.
-
-    `parent` is the pid that the parent saw of itself: if it died before the call, nobody would ever send the signal,
-    so the process ends here.
-    """
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def ignored(number: int) -> bool:
@@ -39,7 +21,7 @@ def ignored(number: int) -> bool:
 
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends, so that `descendants` still finds it."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def descendants(root: int) -> list[int]:

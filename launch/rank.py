@@ -36,7 +36,8 @@ def run(job: str, config_path: str, overrides: Sequence[str], run_folder: str | 
     """
     if not ignored(signal.SIGINT):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     try:
         output.prepare(run_folder)
         output.redirect(output.log_path(run_folder, rank), console=rank == 0)

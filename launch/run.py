@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from megalm.config import ConfigError, load
 from megalm.launch import local, output, rank
 from megalm.launch.gpus import visible_gpus
-from megalm.launch.process import die_with_parent
+from megalm.parallel.process import die_with_parent
+from megalm.parallel.stop import PREEMPTED
 
 
 def parse(argv: Sequence[str], program: str = "megalm train") -> argparse.Namespace:
@@ -71,7 +72,7 @@ def _one_rank(arguments: argparse.Namespace) -> int:
         return rank.USER_ERROR
     console = os.dup(2)
     code = rank.run(arguments.job, arguments.config, arguments.overrides, config.train.dir, number)
-    if code == 0:
+    if code in (0, PREEMPTED):
         return code
     if ours is None and number != 0:  # rank 0's output is on the console, and our own launcher reports by itself
         log = output.log_path(config.train.dir, number)

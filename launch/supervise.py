@@ -14,7 +14,8 @@ from megalm.launch import output, process
 from megalm.launch.output import say
 from megalm.launch.process import descendants, describe_status, end_descendants, ignored
 from megalm.launch.rank import INTERRUPTED, USER_ERROR
-from megalm.parallel.stop import SECOND_SIGINT_SECONDS
+from megalm.parallel.process import SIGNALS
+from megalm.parallel.stop import PREEMPTED, SECOND_SIGINT_SECONDS, preempts
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # from the first failure to SIGKILL for the rest: time for their own last words
@@ -37,23 +38,29 @@ class RankProcess:
 
     @property
     def failed(self) -> bool:
-        return self.status is not None and self.status != 0
+        return self.status is not None and self.status != 0 and not self.preempted
+
+    @property
+    def preempted(self) -> bool:
+        """It saved and left because the cluster asked."""
+        return self.status is not None and os.WIFEXITED(self.status) and os.WEXITSTATUS(self.status) == PREEMPTED
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.place})"
 
 
 class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP of the launcher while ranks run, as a context manager.
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 of the launcher while ranks run, as a context manager.
 
     Each asks the ranks, once, to save and leave. A second SIGINT ends everything at once. One that the launcher was started
     to ignore (nohup, a shell's background job) stays ignored.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    SIGNALS = SIGNALS
 
     def __init__(self) -> None:
         self.first: float | None = None
+        self.by_a_person = False
         self.at_once = False
 
     def __enter__(self) -> Interrupts:
@@ -68,12 +75,14 @@ class Interrupts:
         now = time.monotonic()
         if self.first is None:
             self.first = now
+            self.by_a_person = not preempts(number)
         elif number == signal.SIGINT and now - self.first >= SECOND_SIGINT_SECONDS:
             self.at_once = True
 
 
 def supervise(ranks: Sequence[RankProcess], interrupts: Interrupts) -> int:
-    """Wait for every rank; returns the exit code of the job: 0 if all ended with 0.
+    """Wait for every rank; returns the exit code of the job: 0 if all ended with 0, PREEMPTED if they left because the cluster
+    asked (the ranks are told of a Ctrl-C by a SIGTERM too).
 
     When a rank fails, its place, its exit code or signal and the end of its log are printed, and the others are
     SIGKILLed after a short grace: a SIGTERM would ask them to save together with a rank that is gone. Ranks that go on for
@@ -109,7 +118,7 @@ def supervise(ranks: Sequence[RankProcess], interrupts: Interrupts) -> int:
         say("ended at once; the last checkpoint is whole")
         return INTERRUPTED
     if first is None:
-        return 0
+        return PREEMPTED if any(rank.preempted for rank in ranks) and not interrupts.by_a_person else 0
     # A Ctrl-C may have ended every rank before the launcher heard of it.
     failed = [rank for rank in ranks if rank.failed]
     if (told or len(failed) == len(ranks)) and all(_was_interrupted(rank.status) for rank in failed):
@@ -167,7 +176,7 @@ def _kill(ranks: Sequence[RankProcess]) -> None:
 
 def _was_interrupted(status: int) -> bool:
     if os.WIFSIGNALED(status):
-        return os.WTERMSIG(status) in (signal.SIGINT, signal.SIGTERM)
+        return os.WTERMSIG(status) in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     return os.WEXITSTATUS(status) == INTERRUPTED
 
 

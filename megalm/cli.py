@@ -17,6 +17,7 @@ COMMANDS = {
     "data": ("megalm.tools.data.__main__", "merge, split, shuffle or inspect token files"),
     "train-tokenizer": ("megalm.tools.train_tokenizer", "train a SentencePiece or byte-level BPE tokenizer on text"),
     "convert": ("megalm.tools.convert", "checkpoints to Hugging Face folders and back"),
+    "checkpoint": ("megalm.tools.checkpoint", "look into checkpoints: inspect, verify, diff; average them"),
     "generate": ("megalm.tools.generate", "continue a prompt with the model of a checkpoint"),
 }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm import checkpoint
-from megalm.checkpoint import CheckpointError
+from megalm.checkpoint import CheckpointError, DamagedError, Saver
 from megalm.checkpoint.foreign import sources
 from megalm.config import Config, ConfigError, load
 from megalm.data import DataError, Loader, build_dataset, cache_folder, load_tokenizer
@@ -23,7 +23,7 @@ from megalm.model import choose_kernels, layers
 from megalm.parallel.groups import Groups, start
 from megalm.parallel.handshake import shake_hands
 from megalm.parallel.random import StepContext
-from megalm.parallel.stop import StopSignal
+from megalm.parallel.stop import GOING_ON, PREEMPTED, PREEMPTION, StopSignal
 from megalm.parallel.world import LaunchError, World, connect
 from megalm.plan import Plan, PlanError, make_plan
 
@@ -34,7 +34,8 @@ USER_ERRORS = (ConfigError, PlanError, DataError, CheckpointError, LaunchError)
 def run(config_path: str, overrides: Sequence[str] = ()) -> int:
     """Train in this rank process; every rank of the launched world calls it. Returns the exit code.
 
-    0: finished, or stopped politely with a checkpoint; 1: gave up on bad steps; 2: a user's mistake, one line each.
+    0: finished, or stopped politely with a checkpoint; 1: gave up on bad steps; 2: a user's mistake, one line each; 75: stopped
+    with a checkpoint because the cluster asked (SIGTERM, SIGUSR1).
     """
     with StopSignal() as stop:
         try:
@@ -55,7 +56,7 @@ class Run:
     valid: Loader | None
     logger: Logger
     stop: StopSignal
-    tokenizer_files: list[Path]
+    saver: Saver
     consumed: int
 
 
@@ -77,25 +78,27 @@ def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[s
     source = groups.from_first(lambda: _source(config, plan, tokenizer, notes))
     if source.finished:
         return _nothing_to_do(groups, config, source.step)
-    loader, valid = groups.agreed(lambda: _loaders(config, groups, tokenizer, source))
-    with loader, valid or contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        loaders = _loaders(held, config, groups, tokenizer, source)
         context = StepContext(config.train.seed)
         described = layers(config, plan, groups.tp, context, groups.device, initial=not source.replaces_all)
         engine = build(config, plan, groups, context, described)
-        if source.path is not None:
-            notes += checkpoint.load(source.path, engine, groups, weights_only=source.weights_only,
-                                     allow_changes=config.checkpoint.allow_changes)
-        if source.foreign is not None:
-            sources.load_foreign(source.foreign, engine, groups, config.model, plan.vocab_size)
+        restored = _restore(config, groups, tokenizer, engine, source, notes)
+        if restored is not source:
+            source, loaders = restored, _loaders(held, config, groups, tokenizer, restored)
+        loader, valid = loaders
         notes += [*plan.notes, *kernels, *(f"data: {line}" for line in told(loader.dataset.shares))]
         logger = groups.agreed(lambda: Logger(config, plan, rank=groups.rank, first_step=source.step))
-        with contextlib.closing(logger):
-            for note in notes:
-                logger.note(note)
-            run = Run(config, groups, engine, loader, valid, logger, stop, tokenizer.files(), source.consumed)
-            code = _loop(run, source.step)
-            groups.leave()
-            return code
+        held.enter_context(contextlib.closing(logger))
+        for note in notes:
+            logger.note(note)
+        saver = Saver(config.train.dir, engine, groups, config, plan, tokenizer.files(), report=logger.note)
+        held.enter_context(saver)
+        if config.checkpoint.every and config.checkpoint.async_:
+            saver.write_in_background(groups.device)
+        code = _loop(Run(config, groups, engine, loader, valid, logger, stop, saver, source.consumed), source.step)
+        groups.leave()
+        return code
 
 
 def _derive(config: Config, world: World) -> tuple[Tokenizer, Plan, list[str]]:
@@ -130,9 +133,9 @@ class Source:
     foreign: str | None = None
 
 
-def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str]) -> Source:
-    """The run's own newest checkpoint, else checkpoint.init_from's weights, else nothing."""
-    resumed = checkpoint.choose(config.train.dir, config.checkpoint.resume, notes.append)
+def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str], damaged: Sequence[Path] = ()) -> Source:
+    """The run's own newest checkpoint that isn't known to be damaged, else checkpoint.init_from's weights, else nothing."""
+    resumed = checkpoint.choose(config.train.dir, config.checkpoint.resume, notes.append, damaged)
     if resumed is None:
         if config.checkpoint.init_from is None:
             return Source()
@@ -145,8 +148,33 @@ def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str]) 
     step, consumed = manifest["step"], manifest["consumed_samples"]
     changes = checkpoint.check_resume(resumed, config, plan, tokenizer.files())
     notes += [f"going on from step {step}, {resumed}", *(f"changed: {difference}" for difference in changes)]
-    replaces_all, finished = checkpoint.replaces_all(resumed, plan), step >= _last_step(config)
-    return Source(resumed, step, consumed, replaces_all=replaces_all, finished=finished)
+    # Of any that may have to stand in for it, too.
+    replaces_all = all(checkpoint.replaces_all(path, plan) for path in checkpoint.whole(config.train.dir))
+    return Source(resumed, step, consumed, replaces_all=replaces_all, finished=step >= _last_step(config))
+
+
+def _restore(config: Config, groups: Groups, tokenizer: Tokenizer, engine: Engine, source: Source, notes: list[str]) -> Source:
+    """Load the source into the engine, or the newest checkpoint before it that isn't damaged; returns the one that was loaded.
+
+    Raises CheckpointError on all ranks when it can't be loaded for another reason, or none is whole.
+    """
+    damaged: list[Path] = []
+    while source.path is not None:
+        try:
+            notes.extend(checkpoint.load(source.path, engine, groups, weights_only=source.weights_only,
+                                         allow_changes=config.checkpoint.allow_changes))
+            break
+        except DamagedError as error:
+            if source.weights_only:
+                raise
+            damaged.append(source.path)
+            notes.append(f"skipped {source.path.name}: {error}")
+            if groups.rank == 0:  # at once: the next may be damaged too, and then this is why
+                print(f"megalm: {notes[-1]}", flush=True)
+        source = groups.from_first(lambda: _source(config, groups.plan, tokenizer, notes, damaged))
+    if source.foreign is not None:
+        sources.load_foreign(source.foreign, engine, groups, config.model, groups.plan.vocab_size)
+    return source
 
 
 def _last_step(config: Config) -> int:
@@ -164,8 +192,14 @@ def _nothing_to_do(groups: Groups, config: Config, step: int) -> int:
     return 0
 
 
-def _loaders(config: Config, groups: Groups, tokenizer: Tokenizer, source: Source) -> tuple[Loader, Loader | None]:
+def _loaders(held: contextlib.ExitStack, config: Config, groups: Groups, tokenizer: Tokenizer,
+             source: Source) -> tuple[Loader, Loader | None]:
     """Training and validation micro-batches of this rank; the sample indices are built once per filesystem."""
+    return groups.agreed(lambda: tuple(held.enter_context(loader) if loader is not None else None
+                                       for loader in _new_loaders(config, groups, tokenizer, source)))
+
+
+def _new_loaders(config: Config, groups: Groups, tokenizer: Tokenizer, source: Source) -> tuple[Loader, Loader | None]:
     plan, data = groups.plan, config.data
 
     def loader(sources: Sequence, samples: int, global_batch: int) -> Loader:
@@ -194,8 +228,15 @@ def data_seed(config: Config) -> int:
 
 def _loop(run: Run, first: int) -> int:
     """Steps `first`, first + 1, ... until the end, a stop, a checkpoint that can't be written, or too many bad steps in a row."""
+    try:
+        return _steps(run, first)
+    except CheckpointError as error:
+        return _give_up(run, str(error), USER_ERROR)
+
+
+def _steps(run: Run, first: int) -> int:
     config, last = run.config, run.config.train.steps
-    bad, saved = 0, first
+    bad, asked = 0, GOING_ON
     for step in range(first, last):
         result = run.engine.train_step(step, run.loader.batch(run.consumed))
         done = step + 1
@@ -203,31 +244,32 @@ def _loop(run: Run, first: int) -> int:
         bad = bad + 1 if result.bad else 0
         run.logger.step(done, result, run.consumed)
         if result.bad and not result.skipped:
-            return _stopped(run, f"step {done} changed the weights with a loss or gradients that are not finite", saved)
+            return _stopped(run, f"step {done} changed the weights with a loss or gradients that are not finite", first)
         if bad == config.train.max_bad_steps:
-            return _stopped(run, f"{bad} steps in a row with non-finite loss or gradients", saved)
+            return _stopped(run, f"{bad} steps in a row with non-finite loss or gradients", first)
+        eval_loss = None
         if _due(done, config.train.eval_every) or (done == last and config.train.eval_every):
-            _evaluate(run, done)
-        leaving = done == _last_step(config) or run.stop.agreed(run.groups)
+            eval_loss = _evaluate(run, done)
+        asked, saving = run.groups.highest(run.stop.kind, run.saver.state)
+        run.saver.progress(saving)
+        leaving = done == _last_step(config) or asked != GOING_ON
         if leaving or _due(done, config.checkpoint.every):
-            try:
-                checkpoint.save(config.train.dir, done, run.consumed, run.engine, run.groups, config, run.groups.plan,
-                                run.tokenizer_files, report=run.logger.note)
-            except CheckpointError as error:
-                return _give_up(run, str(error), USER_ERROR)
-            saved = done
+            run.saver.save(done, run.consumed, eval_loss)
         if leaving:
+            run.saver.finish()
             break
     for line in told(run.loader.dataset.taken(run.consumed)):
         run.logger.note(f"data until step {done}: {line}")
     if done < last:
         run.logger.note(f"stopped after step {done} of {last}: the same command without train.stop_at goes on from here"
                         if config.train.stop_at else f"stopped after step {done} of {last}: the same command goes on from here")
-    return 0
+    return PREEMPTED if asked == PREEMPTION and done < _last_step(config) else 0
 
 
-def _stopped(run: Run, why: str, saved: int) -> int:
-    """Give up on the training, not because of the user."""
+def _stopped(run: Run, why: str, first: int) -> int:
+    """Give up on the training, not because of the user. A checkpoint on its way is of better times."""
+    run.saver.finish()
+    saved = run.saver.saved or first
     kept = f"the newest checkpoint is that of step {saved}" if saved else "there is no checkpoint yet"
     return _give_up(run, f"stopped: {why}; {kept}", FAILED)
 
@@ -243,12 +285,14 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _evaluate(run: Run, step: int) -> None:
+def _evaluate(run: Run, step: int) -> float | None:
     """Token-mean loss over train.eval_samples validation samples, the same ones each time."""
     if run.valid is None:
-        return
+        return None
     loss, tokens = 0.0, 0
     for first in run.valid.starts:
         more_loss, more_tokens = run.engine.evaluate(run.valid.batch(first))
         loss, tokens = loss + more_loss, tokens + more_tokens
-    run.logger.evaluation(step, loss / max(tokens, 1))
+    mean = loss / max(tokens, 1)
+    run.logger.evaluation(step, mean)
+    return mean

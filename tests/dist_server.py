@@ -25,7 +25,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from megalm.launch.process import adopt_orphans, describe_status, die_with_parent, end_descendants
+from megalm.launch.process import adopt_orphans, describe_status, end_descendants
+from megalm.parallel.process import die_with_parent
 
 GRACE_SECONDS = 0.5  # after the first failure: time for the others' own errors, which are shown after it
 TAIL_LINES = 30

@@ -17,14 +17,13 @@ from torch import Tensor
 from megalm.checkpoint import CheckpointError, Weights, differences, find, read_weights
 from megalm.checkpoint.format import read_json
 from megalm.checkpoint.stream import write_weights
-from megalm.tools._command import Parser, run
 
 FOLDERS = ("tokenizer", "huggingface")
 """What is taken from the first checkpoint, besides config.json and plan.json."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the program, or of a command that has it under it."""
+    """The options of `megalm checkpoint average`."""
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="a run's folder, or one checkpoint in it")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder of the new checkpoint; it must be new")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W",
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def average(arguments: argparse.Namespace) -> int:
-    """The program with parsed arguments. Raises CheckpointError or ValueError."""
+    """Write the average; returns 0. Raises CheckpointError or ValueError."""
     folders = [find(path, lambda line: print(line, file=sys.stderr)) for path in arguments.checkpoints]
     weights = [1.0] * len(folders) if arguments.weights is None else arguments.weights
     if len(weights) != len(folders):
@@ -94,14 +93,3 @@ class Mean:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights[0])
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns 0, or 2 with one line a mistake."""
-    parser = Parser(prog="megalm checkpoint average", description=__doc__.partition("\n\n")[0])
-    add_arguments(parser)
-    return run(parser, average, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

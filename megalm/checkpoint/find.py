@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint import format as names
-from megalm.checkpoint.format import CheckpointError, inside, read_json, step_of
+from megalm.checkpoint import sealed
+from megalm.checkpoint.format import inside, step_of
+from megalm.checkpoint.sealed import CheckpointError, DamagedError
 
 Report = Callable[[str], None]
 """Takes one line for the user."""
@@ -15,39 +17,56 @@ MANIFEST_TYPES = {"step": int, "consumed_samples": int, "world_size": int, "coun
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """checkpoint.json, its format and version checked. Raises CheckpointError."""
+    """checkpoint.json, its format, version and hash checked. Raises CheckpointError."""
     path = folder / names.MANIFEST
-    manifest = read_json(path)
+    content = sealed.read(path)
+    manifest = sealed.parse(content, path)
     if not isinstance(manifest, dict) or manifest.get("format") != names.FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of the format {names.FORMAT!r}")
     if manifest.get("version") != names.VERSION:
         raise CheckpointError(f"{path}: format version {manifest.get('version')!r}; this megalm reads version {names.VERSION}")
+    sealed.unseal(content, path)
     for key, kind in MANIFEST_TYPES.items():
         if type(manifest.get(key)) is not kind:
             raise CheckpointError(f"{path}: {key!r} is missing or not of the type {kind.__name__}")
+    if type(manifest.get("eval_loss", "missing")) not in (float, type(None)):
+        raise CheckpointError(f"{path}: 'eval_loss' is missing or neither a number nor null")
     return manifest
 
 
 def fault(folder: Path, read: bool = True) -> str | None:
-    """Why this folder isn't a whole checkpoint: a file missing, of another size, or JSON that can't be read. None: it is whole.
+    """Why this folder isn't a whole checkpoint: a file missing, of another size, or not what was written. None: it is whole.
 
-    The tensors' bytes aren't read; without `read`, nor is any JSON but checkpoint.json: there may be thousands.
+    The tensors' bytes aren't read (loading checks those that it reads); without `read`, nor is any file but
+    checkpoint.json: there may be thousands.
     """
     try:
         manifest = read_manifest(folder)
-        for name, size in manifest["files"].items():
-            path = inside(folder, name)
+        for name, stated in manifest["files"].items():
+            path, size = inside(folder, name), stated["bytes"]
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, not {size}"
-            if read and path.suffix == ".json" and path.parent == folder:
-                read_json(path)
+            if read and "xxh3" in stated:
+                _check(path, stated["xxh3"])
     except CheckpointError as error:
         return str(error)
+    except (TypeError, KeyError) as error:
+        return f"{names.MANIFEST}: 'files' isn't what it should be: {type(error).__name__}: {error}"
     except OSError as error:
         return f"{error.strerror}: {error.filename}"
     return None
+
+
+def _check(path: Path, xxh3: str) -> None:
+    """Raise DamagedError unless the file has this hash."""
+    content = sealed.read(path)
+    if sealed.digest(content) == xxh3:
+        return
+    if path.suffix == ".json":
+        sealed.parse(content, path)
+    raise DamagedError(f"{path.name} isn't what was written: xxh3 {sealed.digest(content)}, not {xxh3}")
 
 
 def candidates(root: Path) -> list[tuple[int, Path]]:
@@ -67,17 +86,21 @@ def candidates(root: Path) -> list[tuple[int, Path]]:
     return sorted(found.items(), reverse=True)
 
 
-def newest(root: Path, report: Report | None = None) -> Path | None:
+def newest(root: Path, report: Report | None = None, damaged: Collection[Path] = ()) -> Path | None:
     """The checkpoint that `latest` names if it is whole, else the newest whole one; None where there is none at all.
 
-    `latest` comes first so that a user who points it to an older step goes on from there. Each one skipped is reported
-    with its reason. Raises CheckpointError when there are checkpoints but none is whole.
+    `latest` comes first so that a user who points it to an older step goes on from there. `damaged`: folders that loading
+    has found damaged. Each one skipped is reported with its reason. Raises CheckpointError when there are checkpoints but
+    none is whole.
     """
     found = candidates(root)
-    named = _latest(root)
+    named = _latest(root, report)
     order = sorted(found, key=lambda item: item[0] != named)
     skipped = []
     for _, folder in order:
+        if folder in damaged:
+            skipped.append(f"skipped {folder.name}: damaged")
+            continue
         reason = fault(folder)
         if reason is None:
             return folder
@@ -89,11 +112,42 @@ def newest(root: Path, report: Report | None = None) -> Path | None:
     return None
 
 
-def _latest(root: Path) -> int | None:
-    """The step that the file `latest` names; None when it is missing or says nothing of use."""
+def _latest(root: Path, report: Report | None = None) -> int | None:
+    """The step to go on from: what `latest` was about to say when the run was killed, else what it says; None: nothing of use.
+
+    What was about to be said counts where it is the newer of the two files: people may point `latest` elsewhere meanwhile.
+    """
+    if pending(root):
+        return names.parse_latest((root / names.NEW_LATEST).read_bytes())[0]
     try:
-        return step_of((root / names.LATEST).read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError):
+        content = (root / names.LATEST).read_bytes()
+    except OSError:
+        return None
+    step, seal = names.parse_latest(content)
+    if step is not None and (seal is None or _seal(root, step) in (seal, None)):
+        return step
+    if report is not None:
+        report(f"{root / names.LATEST} names no checkpoint that is here: {content[:60]!r}")
+    return None
+
+
+def pending(root: Path) -> bool:
+    """Whether a run was killed after its checkpoint had got its name and before `latest` named it."""
+    try:
+        step, seal = names.parse_latest((root / names.NEW_LATEST).read_bytes())
+        if step is None or seal is None or _seal(root, step) != seal:
+            return False
+        times = [(root / name).stat().st_mtime_ns for name in (names.NEW_LATEST, names.LATEST) if (root / name).exists()]
+    except OSError:
+        return False
+    return times[0] == max(times)
+
+
+def _seal(root: Path, step: int) -> str | None:
+    """The xxh3 at the end of the checkpoint.json of that step; None where there is no such file."""
+    try:
+        return sealed.seal_of((root / names.step_name(step) / names.MANIFEST).read_bytes())
+    except OSError:
         return None
 
 

@@ -1,25 +1,24 @@
 """The files of a checkpoint: their names, their JSON, and the checks that make them safe to open. README.md has the format.
 
 Nothing here executes what a file says: JSON, and safetensors, whose header is JSON too. A file name found in one is used
-only if it stays inside the checkpoint's folder.
+only if it stays inside the checkpoint's folder. Nothing here needs torch: the process that writes checkpoints has none.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-
-from megalm.checkpoint import boxes
-from megalm.checkpoint.fragment import ROLES, Fragment
+from megalm.checkpoint import boxes, sealed
+from megalm.checkpoint.sealed import CheckpointError
 
 FORMAT = "megalm.checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
@@ -30,13 +29,12 @@ DELETED_PREFIX = ".deleted_"
 """Being deleted."""
 REPLACED_PREFIX = ".old_"
 """A whole checkpoint that steps aside while another of the same step takes its name."""
+NEW_LATEST = TEMPORARY_PREFIX + LATEST
+"""What `latest` will say; there from before a checkpoint has its name until `latest` names it."""
 ALIGNMENT = 64
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint can't be written, found, read or resumed from; the message says which, what is wrong, and where."""
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of an element, by the dtypes' names in safetensors."""
+ROLES = ("master", "weight", "exp_avg", "exp_avg_sq", "momentum")
 
 
 def step_name(step: int) -> str:
@@ -58,6 +56,20 @@ def index_file(rank: int) -> str:
     return f"rank_{rank:05d}.json"
 
 
+def latest_text(name: str, seal: str) -> bytes:
+    """The content of `latest`: the folder's name, and on a second line the xxh3 at the end of its checkpoint.json."""
+    return f"{name}\nxxh3 {seal}\n".encode()
+
+
+def parse_latest(content: bytes) -> tuple[int | None, str | None]:
+    """The step that the content of `latest` names, and the xxh3 that its checkpoint.json must end with: None where people
+    wrote a name alone. (None, None) when it is neither."""
+    match = re.fullmatch(rb"(step_\d{8,})\s*(?:\nxxh3 ([0-9a-f]{16})\n)?", content)
+    if match is None:
+        return None, None
+    return step_of(match[1].decode()), match[2] and match[2].decode()
+
+
 def inside(folder: Path, name: Any) -> Path:
     """folder/name, for a name that a file supplied. Raises CheckpointError when it would lead out of the folder."""
     pure = PurePosixPath(name) if isinstance(name, str) else None
@@ -70,32 +82,22 @@ def inside(folder: Path, name: Any) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content. Raises CheckpointError when it is missing, unreadable or not JSON."""
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-
-
-def json_bytes(value: Any) -> bytes:
-    """Compact for machines, a line an entry of the outermost level for people."""
-    if isinstance(value, Mapping):
-        lines = [f"  {json.dumps(str(key))}: {json.dumps(item)}" for key, item in value.items()]
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-    return (json.dumps(value) + "\n").encode()
+    """A JSON file's content. Raises DamagedError when it is missing, unreadable or not JSON."""
+    return sealed.parse(sealed.read(path), path)
 
 
 @dataclass(frozen=True)
 class StoredFragment:
-    """One tensor of a rank's file, and which elements of which part it holds (see Fragment)."""
+    """One tensor of a rank's file, and which elements of which part it holds (see Fragment).
+
+    `dtype`: a key of ITEM_BYTES. `offset`: the tensor's first byte in the file. `xxh3`: the hashes of its blocks.
+    """
 
     file: str
     key: str
     part: str
     role: str
-    dtype: torch.dtype
+    dtype: str
     full_shape: tuple[int, ...]
     dim: int | None
     low: int
@@ -103,80 +105,82 @@ class StoredFragment:
     start: int
     count: int
     step: int | None
+    offset: int = 0
+    xxh3: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the tensor has."""
+        return self.count * ITEM_BYTES[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        entry = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "file"}
-        return {**entry, "dtype": DTYPE_NAMES[self.dtype]}
+        """As an entry of the rank's index."""
+        return {name: getattr(self, name) for name in FIELDS}
 
 
-def describe(fragments: Sequence[Fragment], file: str) -> list[StoredFragment]:
-    """Name the tensors that hold these fragments in a rank's file: role/part, numbered where a part has several."""
-    seen: dict[str, int] = {}
-    entries = []
-    for fragment in fragments:
-        assert fragment.role in ROLES, fragment.role
-        assert fragment.tensor.dim() == 1 and fragment.tensor.is_contiguous(), f"{fragment}: not a contiguous 1-D tensor"
-        assert fragment.tensor.dtype in DTYPE_NAMES, f"{fragment}: {fragment.tensor.dtype}"
-        problem = boxes.fault(fragment)
-        assert problem is None, f"{fragment}: {problem}"
-        key = f"{fragment.role}/{fragment.part}"
-        seen[key] = seen.get(key, -1) + 1
-        entries.append(StoredFragment(
-            file, f"{key}#{seen[key]}" if seen[key] else key, fragment.part, fragment.role, fragment.tensor.dtype,
-            tuple(fragment.full_shape), fragment.dim, fragment.low, fragment.high, fragment.start, fragment.count, fragment.step))
-    return entries
+FIELDS = tuple(field.name for field in dataclasses.fields(StoredFragment) if field.name != "file")
+
+
+def arrange(entries: Sequence[StoredFragment]) -> tuple[bytes, list[StoredFragment]]:
+    """The beginning of a safetensors file of these tensors, and the entries in its order, with their offsets.
+
+    The layout (https://github.com/huggingface/safetensors): header length as little-endian u64, a JSON header padded with
+    spaces, then the tensors with no gap between them. The sort makes each start at a multiple of its element's size.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
+    ordered = sorted(entries, key=lambda entry: -ITEM_BYTES[entry.dtype])
+    offsets, end = [], 0
+    for entry in ordered:
+        header[entry.key] = {"dtype": entry.dtype, "shape": [entry.count], "data_offsets": [end, end + entry.bytes]}
+        offsets.append(end)
+        end += entry.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    begin = len(text).to_bytes(8, "little") + text
+    placed = zip(ordered, offsets, strict=True)
+    return begin, [dataclasses.replace(entry, offset=len(begin) + offset) for entry, offset in placed]
 
 
 def parse_index(folder: Path, name: str) -> list[StoredFragment]:
-    """The fragments that a rank's JSON index lists, their numbers checked. Raises CheckpointError."""
+    """The fragments that a rank's JSON index lists, hash and numbers checked. Raises CheckpointError."""
+    return list(open_index(folder, name)[1])
+
+
+def open_index(folder: Path, name: str) -> tuple[dict[str, Any], list[StoredFragment]]:
+    """A rank's index: its content, and the fragments that it lists. Raises CheckpointError."""
     path = inside(folder, name)
-    content = read_json(path)
+    content = sealed.unseal(sealed.read(path), path)
     try:
-        file = content["file"]
+        file, size = content["file"], content["bytes"]
         inside(folder, file)
-        return [_parse_fragment(entry, file) for entry in content["fragments"]]
+        if content["block_bytes"] != sealed.BLOCK_BYTES or type(size) is not int:
+            raise ValueError(f"bytes {size!r} in blocks of {content['block_bytes']!r}")
+        return content, [_parse_fragment(entry, file, size) for entry in content["fragments"]]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: not the index of a rank's file: {type(error).__name__}: {error}") from error
 
 
-def _parse_fragment(entry: Mapping[str, Any], file: str) -> StoredFragment:
-    numbers = {name: entry[name] for name in ("low", "high", "start", "count")}
+def _parse_fragment(entry: Mapping[str, Any], file: str, size: int) -> StoredFragment:
+    """An entry of an index. `size`: of the file, in bytes: shapes are believed when memory is made for them."""
+    key, numbers = entry["key"], {name: entry[name] for name in ("low", "high", "start", "count", "offset")}
     optional = {name: entry[name] for name in ("dim", "step")}
     shape = tuple(entry["full_shape"])
     integers = [*numbers.values(), *shape, *(value for value in optional.values() if value is not None)]
     if any(type(value) is not int for value in integers):
-        raise ValueError(f"{entry.get('key')!r}: a number isn't an integer")
-    if entry["role"] not in ROLES or not isinstance(entry["part"], str) or not isinstance(entry["key"], str):
-        raise ValueError(f"{entry.get('key')!r}: role {entry['role']!r} of part {entry['part']!r}")
-    if entry["key"].split("#")[0] != f"{entry['role']}/{entry['part']}":
-        raise ValueError(f"{entry['key']!r} names {entry['role']}/{entry['part']}")
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{entry['key']!r}: dtype {entry['dtype']!r} is none of {', '.join(DTYPES)}")
-    dtype = DTYPES[entry["dtype"]]
-    stored = StoredFragment(file, entry["key"], entry["part"], entry["role"], dtype, shape, **optional, **numbers)
+        raise ValueError(f"{key!r}: a number isn't an integer")
+    if entry["role"] not in ROLES or not isinstance(entry["part"], str) or not isinstance(key, str):
+        raise ValueError(f"{key!r}: role {entry['role']!r} of part {entry['part']!r}")
+    if key.split("#")[0] != f"{entry['role']}/{entry['part']}":
+        raise ValueError(f"{key!r} names {entry['role']}/{entry['part']}")
+    if entry["dtype"] not in ITEM_BYTES:
+        raise ValueError(f"{key!r}: dtype {entry['dtype']!r} is none of {', '.join(ITEM_BYTES)}")
+    stored = StoredFragment(file, key, entry["part"], entry["role"], entry["dtype"], shape, **optional, **numbers,
+                            xxh3=tuple(entry["xxh3"]))
     problem = boxes.fault(stored)
     if problem:
-        raise ValueError(f"{stored.key!r}: {problem}")
+        raise ValueError(f"{key!r}: {problem}")
+    if stored.offset < 0 or stored.offset + stored.bytes > size:
+        raise ValueError(f"{key!r}: its {stored.bytes:,} bytes from {stored.offset:,} on aren't in a file of {size:,} bytes")
+    if len(stored.xxh3) != -(-stored.bytes // sealed.BLOCK_BYTES) or not all(isinstance(value, str) for value in stored.xxh3):
+        raise ValueError(f"{key!r}: {len(stored.xxh3)} hashes of {stored.bytes:,} bytes")
     return stored
-
-
-def safetensors_chunks(tensors: Sequence[tuple[StoredFragment, torch.Tensor]]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, a tensor at a time: no second copy of the rank's state is made.
-
-    The layout (https://github.com/huggingface/safetensors): header length as little-endian u64, a JSON header padded with
-    spaces, then the tensors with no gap between them.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
-    tensors = sorted(tensors, key=lambda item: -item[1].element_size())  # so that each starts at a multiple of its element's size
-    offset = 0
-    for entry, tensor in tensors:
-        end = offset + tensor.numel() * tensor.element_size()
-        header[entry.key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in tensors:
-        flat = tensor.detach().to("cpu")
-        flat = flat.as_strided(flat.shape, (1,))  # a tensor of one element is contiguous with any stride, a view as bytes isn't
-        yield memoryview(flat.view(torch.uint8).numpy())

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from megalm.checkpoint.format import ROLES
 
 WEIGHT_ROLES = ("master", "weight")
 """Roles that hold the parameter itself, the most precise first: either fills the other."""
-MOMENT_ROLES = ("exp_avg", "exp_avg_sq", "momentum")
+MOMENT_ROLES = tuple(role for role in ROLES if role not in WEIGHT_ROLES)
 """Roles of the optimizer's state."""
-ROLES = WEIGHT_ROLES + MOMENT_ROLES
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)

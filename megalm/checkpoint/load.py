@@ -1,7 +1,7 @@
 """Fill an engine, under any layout, from a checkpoint that was saved under any other.
 
-Every target fragment is intersected with the stored ones; only the bytes in common are read, through the memory map that
-safetensors makes, and copied as strided boxes straight into place.
+Every target fragment is intersected with the stored ones; only the blocks that hold bytes in common are read, checked
+against their hashes, and copied as strided boxes from the mapped file straight into place.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalm.checkpoint import boxes
 from megalm.checkpoint.find import find, read_manifest
-from megalm.checkpoint.format import DTYPES, CheckpointError, StoredFragment, index_file, inside, parse_index
-from megalm.checkpoint.fragment import MOMENT_ROLES, WEIGHT_ROLES, Fragment
+from megalm.checkpoint.format import ITEM_BYTES, StoredFragment, index_file, parse_index
+from megalm.checkpoint.fragment import DTYPES, MOMENT_ROLES, WEIGHT_ROLES, Fragment
+from megalm.checkpoint.mapped import MappedFile
 from megalm.checkpoint.save import Engine, Ranks
+from megalm.checkpoint.sealed import CheckpointError, DamagedError
 
 PADDED_PARTS = ("embedding.word.weight", "head.weight")
 """Their dim 0 is the vocabulary, padded: its size may differ between two plans of one model."""
 PROBLEMS_SHOWN = 5
+DAMAGED = "damaged: "
+"""How a problem begins that an earlier checkpoint may not have."""
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Stored:
     folder: Path
     manifest: dict[str, Any]
     fragments: dict[tuple[str, str], list[StoredFragment]]
-    _files: dict[str, Any] = field(default_factory=dict)
+    _files: dict[str, MappedFile] = field(default_factory=dict)
     _checked: set[tuple[str, str]] = field(default_factory=set)
 
     @classmethod
@@ -45,10 +48,8 @@ class Stored:
         manifest = read_manifest(folder)
         fragments: dict[tuple[str, str], list[StoredFragment]] = {}
         for rank in range(manifest["world_size"]):
-            entries = parse_index(folder, index_file(rank))
-            for entry in entries:
+            for entry in parse_index(folder, index_file(rank)):
                 fragments.setdefault((entry.part, entry.role), []).append(entry)
-            _check_size(folder, entries)
         return cls(folder, manifest, fragments)
 
     @property
@@ -79,27 +80,11 @@ class Stored:
         self._files.clear()
 
     def read(self, entry: StoredFragment, first: int, length: int) -> Tensor:
-        """Elements [first, first + length) of a stored fragment, as a view of the mapped file."""
-        try:
-            if entry.file not in self._files:
-                self._files[entry.file] = safe_open(inside(self.folder, entry.file), framework="pt")
-            tensor = self._files[entry.file].get_slice(entry.key)
-            shape, dtype = tensor.get_shape(), tensor.get_dtype()
-            if shape != [entry.count] or DTYPES.get(dtype) != entry.dtype:
-                raise CheckpointError(f"{entry.file}: {entry.key} is {dtype} {shape}, not what its index says")
-            return tensor[first: first + length]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{entry.file}: {entry.key}: {error}") from error
-
-
-def _check_size(folder: Path, entries: Iterable[StoredFragment]) -> None:
-    """An index may not promise more than its file can hold: shapes are believed when memory is made for them."""
-    promised: dict[str, int] = {}
-    for entry in entries:
-        promised[entry.file] = promised.get(entry.file, 0) + entry.count * entry.dtype.itemsize
-    for file, size in promised.items():
-        if size > inside(folder, file).stat().st_size:
-            raise CheckpointError(f"{file} is smaller than the {size:,} bytes of the tensors that its index lists")
+        """Elements [first, first + length) of a stored fragment, as a view of the mapped file, their blocks checked."""
+        if entry.file not in self._files:
+            self._files[entry.file] = MappedFile(self.folder, entry.file)
+        size = ITEM_BYTES[entry.dtype]
+        return self._files[entry.file].read(entry, first * size, length * size).view(DTYPES[entry.dtype])
 
 
 def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool = False,
@@ -110,7 +95,8 @@ def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool 
     Then `engine.refresh(counters)` with the saved counters. `weights_only` leaves moments and counters as they are: a start
     from those weights.
     `allow_changes`: moments of a kind that the checkpoint has none of keep their initial value. Rows that the vocabulary's
-    padding has here and not there do too. Raises CheckpointError on every rank, naming the part and what is missing.
+    padding has here and not there do too. Raises CheckpointError on every rank, naming the part and what is missing;
+    DamagedError where the only trouble is that bytes aren't those that were written.
     """
     stored, problem, cause, notes = None, None, None, []
     try:
@@ -120,15 +106,22 @@ def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool 
             fragments, notes = _without_unknown_moments(fragments, stored)
         problem = _fill_all(fragments, stored)
     except Exception as error:  # whatever it is, the other ranks wait for an answer
-        problem, cause = (str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"), error
+        problem, cause = _line(error), error
     problems = groups.agree(problem)
     if problems:
         lines = "; ".join(f"rank {rank}: {text}" for rank, text in problems[:PROBLEMS_SHOWN])
         more = f"; and {len(problems) - PROBLEMS_SHOWN} more ranks" if len(problems) > PROBLEMS_SHOWN else ""
-        raise CheckpointError(f"{path} can't be loaded: {lines}{more}") from cause
+        damaged = all(text.startswith(DAMAGED) for _, text in problems)
+        raise (DamagedError if damaged else CheckpointError)(f"{path} can't be loaded: {lines}{more}") from cause
     assert stored is not None
     engine.refresh(engine.counters() if weights_only else stored.manifest["counters"])
     return notes
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, DamagedError):
+        return DAMAGED + str(error)
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
 def _without_unknown_moments(fragments: Iterable[Fragment], stored: Stored) -> tuple[list[Fragment], list[str]]:
@@ -146,7 +139,7 @@ def _fill_all(fragments: Iterable[Fragment], stored: Stored) -> str | None:
             if fragment.count:
                 fill(fragment, stored)
         except CheckpointError as error:
-            problems.append(str(error))
+            problems.append(_line(error))
     if not problems:
         return None
     more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
@@ -223,7 +216,7 @@ class Weights(Mapping[str, Tensor]):
 
     def dtype(self, part: str) -> torch.dtype:
         """The dtype that it is stored in."""
-        return self._stored.of(part, WEIGHT_ROLES[0])[0].dtype
+        return DTYPES[self._stored.of(part, WEIGHT_ROLES[0])[0].dtype]
 
     def rows(self, part: str, low: int, high: int) -> Tensor:
         """Rows [low, high) along the first dim, in the stored dtype."""

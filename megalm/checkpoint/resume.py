@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.find import Report, newest
-from megalm.checkpoint.format import CHECKPOINTS, TOKENIZER, CheckpointError, read_json
+from megalm.checkpoint.find import Report, candidates, fault, newest
+from megalm.checkpoint.format import CHECKPOINTS, TOKENIZER, read_json
+from megalm.checkpoint.sealed import CheckpointError
 
 CHECKED = ("model", "data", "tokenizer", "optimizer", "batch.global", "train.seed", "train.z_loss", "train.label_smoothing")
 """Settings that shape the numbers; a resume with others isn't the same run."""
@@ -117,14 +118,20 @@ def _contents(files: Iterable[Path]) -> list[str]:
     return sorted(f"{len(content)} bytes, sha256 {hashlib.sha256(content).hexdigest()[:12]}" for content in contents)
 
 
-def choose(run_folder: str | Path, resume: str, report: Report | None = None) -> Path | None:
-    """The checkpoint that a run with checkpoint.resume = "auto" or "never" goes on from; None: it starts at step 0.
+def whole(run_folder: str | Path) -> list[Path]:
+    """Every whole checkpoint of a run, by what `fault` finds at a first look."""
+    return [path for _, path in candidates(Path(run_folder) / CHECKPOINTS) if fault(path, read=False) is None]
+
+
+def choose(run_folder: str | Path, resume: str, report: Report | None = None, damaged: Collection[Path] = ()) -> Path | None:
+    """The checkpoint that a run with checkpoint.resume = "auto" or "never" goes on from; None: it starts at step 0. `damaged`:
+    those that loading has found so.
 
     Raises CheckpointError when "never" meets a folder that holds a run, or when there are checkpoints but none is whole.
     """
     folder = Path(run_folder)
     if resume == "auto":
-        return newest(folder / CHECKPOINTS, report)
+        return newest(folder / CHECKPOINTS, report, damaged)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     taken = [name for name in names if name not in ALLOWED_BEFORE and not name.startswith(".")]
     if taken:

@@ -1,49 +1,40 @@
-"""Write a checkpoint so that it is either whole or invisible.
+"""Save so that a checkpoint is either whole or invisible, while the training goes on.
 
-Every rank writes its owned fragments into a temporary folder on the same file system; when all of them have, rank 0 adds
-what describes the whole, checkpoint.json last, renames the folder and then replaces `latest`. A failure anywhere is known
-to every rank before anything of the previous checkpoint is touched.
+Each rank copies what it owns and hands the copy to its writer (writer.py), or writes it itself where the training waits
+anyway. How the writers fare travels with the one small all-reduce that ranks make after every step: once all parts are on
+the disk, rank 0's writer describes the whole, checkpoint.json last, renames the folder and replaces `latest`. A failure
+anywhere is known to every rank before anything of the previous checkpoint is touched. At most one checkpoint is on its way.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
-import json
 import platform
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import secrets
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megalm.checkpoint import boxes
-from megalm.checkpoint.disk import Disk
-from megalm.checkpoint.find import Report, candidates, fault
-from megalm.checkpoint.format import (
-    CHECKPOINTS,
-    DELETED_PREFIX,
-    FORMAT,
-    LATEST,
-    MANIFEST,
-    REPLACED_PREFIX,
-    TEMPORARY_PREFIX,
-    TOKENIZER,
-    VERSION,
-    CheckpointError,
-    StoredFragment,
-    describe,
-    index_file,
-    json_bytes,
-    parse_index,
-    rank_file,
-    safetensors_chunks,
-    step_name,
-)
-from megalm.checkpoint.fragment import Fragment
+import torch
 
-NOT_SHARED = "train.dir must be on a file system that all ranks share"
-NEW_LATEST = TEMPORARY_PREFIX + LATEST
+from megalm.checkpoint import snapshot
+from megalm.checkpoint.disk import Disk
+from megalm.checkpoint.find import Report
+from megalm.checkpoint.format import CHECKPOINTS, FORMAT, TEMPORARY_PREFIX, VERSION, rank_file, step_name
+from megalm.checkpoint.fragment import Fragment
+from megalm.checkpoint.jobs import POINTING, Answer, Performer
+from megalm.checkpoint.sealed import CheckpointError
+from megalm.checkpoint.writer import Writer
+
 LIBRARIES = ("megalm", "torch", "deepspeed", "safetensors", "numpy")
+LAYOUT = ("tp", "pp", "dp", "zero_stage", "sequence_parallel")
+DONE, BUSY, FAILED = range(3)
+"""How far a rank's writer is, such that the highest of all ranks says what to do."""
+WAIT_SECONDS = 1500.0
+"""A job that takes longer has failed; the other ranks wait for this one 1800 s."""
+PART, WHOLE = "part", "whole"
+"""What is being written: every rank's part, then by rank 0 what makes a checkpoint of them."""
 
 
 class Engine(Protocol):
@@ -66,196 +57,186 @@ class Ranks(Protocol):
 
     def agree(self, problem: str | None) -> list[tuple[int, str]]: ...
 
+    def broadcast(self, value: Any) -> Any: ...
+
 
 def save(run_folder: str | Path, step: int, consumed_samples: int, engine: Engine, groups: Ranks, config: Any, plan: Any,
-         tokenizer_files: Sequence[Path] = (), *, disk: Disk | None = None, report: Report | None = None) -> Path:
-    """Save the state after `step` optimizer steps as run_folder/checkpoints/step_XXXXXXXX; all ranks call it together.
+         tokenizer_files: Sequence[Path] = (), *, disk: Disk | None = None, report: Report | None = None,
+         eval_loss: float | None = None) -> Path:
+    """Save the state after `step` optimizer steps as run_folder/checkpoints/step_XXXXXXXX; all ranks call it together, and
+    wait until it is on the disk.
 
-    `consumed_samples`: how many training samples these steps have drawn. Older checkpoints beyond config.checkpoint.keep are
-    deleted at the end; one that can't be is only reported.
+    `consumed_samples`: how many training samples these steps have drawn. `eval_loss`: the validation loss at that step, where
+    it was measured. Checkpoints that config.checkpoint doesn't keep are deleted at the end; one that can't be is only reported.
     Raises CheckpointError on every rank when any rank failed: nothing of the new checkpoint is left, and the previous one
     and `latest` are as they were; or, where only `latest` couldn't be replaced, that the new one is whole.
     """
-    disk = disk or Disk()
-    root = Path(run_folder) / CHECKPOINTS
-    temporary = root / (TEMPORARY_PREFIX + step_name(step))
-    attempt = _Attempt(groups, disk, root, step)
-    attempt.rank_0("preparing the folder", lambda: _prepare(root, temporary, disk))
-    attempt.together("writing its part", lambda: _write_rank(temporary, engine, attempt))
-    manifest = {
-        "format": FORMAT, "version": VERSION, "step": step,
-        "consumed_samples": consumed_samples,
-        "world_size": groups.world_size,
-        "layout": {name: getattr(plan, name) for name in ("tp", "pp", "dp", "zero_stage", "sequence_parallel")},
-        "counters": engine.counters(), "versions": versions(),
-    }
-    documents = {"config.json": config.model_dump(mode="json"), "plan.json": plan.to_dict()}
-    attempt.rank_0("describing it", lambda: _describe_whole(temporary, manifest, documents, tokenizer_files, disk))
-    attempt.rank_0("publishing it", lambda: _publish(root, temporary, step, disk))
-    attempt.published = True
-    attempt.rank_0("pointing latest to it", lambda: _point_latest(root, disk))
-    if groups.rank == 0:
-        _retire(root, step, config.checkpoint.keep, disk, report)
-    return root / step_name(step)
+    with Saver(run_folder, engine, groups, config, plan, tokenizer_files, disk=disk, report=report) as saver:
+        saver.save(step, consumed_samples, eval_loss)
+        saver.finish()
+    return Path(run_folder) / CHECKPOINTS / step_name(step)
 
 
-class _Attempt:
-    """One save as one rank sees it: runs a stage of it and lets all ranks learn how it went everywhere."""
+class Saver:
+    """Saves one run's checkpoints. Every method but `state` and `close` is collective: all ranks call it together.
 
-    def __init__(self, groups: Ranks, disk: Disk, root: Path, step: int) -> None:
-        self.groups, self.disk, self.root, self.step = groups, disk, root, step
-        self.needed, self.published = 0, False
+    `saved`: the step of the newest checkpoint of this run that is whole, None before the first.
+    """
 
-    def together(self, doing: str, work: Callable[[], None]) -> None:
-        """Run this rank's share of a stage; raise CheckpointError on all ranks if any failed, the rubbish removed."""
-        problem, cause = None, None
+    def __init__(self, run_folder: str | Path, engine: Engine, groups: Ranks, config: Any, plan: Any,
+                 tokenizer_files: Sequence[Path] = (), *, disk: Disk | None = None, report: Report | None = None) -> None:
+        """Removes what runs that were killed have left."""
+        self.root = Path(run_folder) / CHECKPOINTS
+        self.saved: int | None = None
+        self._engine, self._groups, self._report = engine, groups, report or (lambda line: None)
+        self._performer = Performer(self.root, disk or Disk())
+        self._writer: Writer | None = None
+        self._snapshot: snapshot.Snapshot | None = None
+        self._step, self._phase = 0, None
+        self._answer: Answer | None = None
+        self._manifest: dict[str, Any] = {}
+        self._fixed = {"world_size": groups.world_size, "layout": {name: getattr(plan, name) for name in LAYOUT},
+                       "versions": versions()}
+        self._whole = {"documents": {"config.json": config.model_dump(mode="json"), "plan.json": plan.to_dict()},
+                       "tokenizer_files": [str(path) for path in tokenizer_files],
+                       "retention": {"keep": config.checkpoint.keep, "every": config.checkpoint.keep_every,
+                                     "best": config.checkpoint.keep_best}}
+        self._token = groups.broadcast(secrets.token_hex(4))
+        if groups.rank == 0:
+            self._performer.clean()
+        groups.agree(None)  # before anyone writes there
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def write_in_background(self, device: torch.device) -> None:
+        """Start this rank's writer, so that from now on `save` waits for a copy in memory only.
+
+        The copy takes as much memory as the rank's state, which lies on `device`. Where half of the free memory can't hold
+        it, this rank goes on writing by itself, and says so.
+        """
+        size = snapshot.places(snapshot.owned(self._engine.fragments()))[1]
+        free = available_bytes()
+        if free is not None and size > free / 2:
+            self._report(f"checkpoints are written while the training waits: a copy needs {size:,} bytes, {free:,} are free")
+            return
+        self._writer = Writer(self.root, size)
+        self._snapshot = snapshot.Snapshot(self._writer.memory, device)
+
+    @property
+    def state(self) -> int:
+        """DONE, BUSY or FAILED: this rank's own, for the ranks to find the highest of."""
+        if self._phase is None or self._look() is None:
+            return DONE if self._phase is None else BUSY
+        return FAILED if self._answer.problem else DONE
+
+    def progress(self, highest: int) -> None:
+        """Go on as the `highest` state of all ranks allows, without waiting.
+
+        Raises CheckpointError on all ranks when one has failed: see `save`.
+        """
+        if self._phase is not None and highest == FAILED:
+            self._agree()
+        elif self._phase is not None and highest == DONE:
+            self._advance()
+
+    def save(self, step: int, consumed_samples: int, eval_loss: float | None = None) -> None:
+        """Begin to save the state as it is now; it may change as soon as this returns. Waits for the checkpoint before."""
+        if self._phase is not None:
+            before, start = self._step, time.monotonic()
+            self.finish()
+            self._report(f"waited {time.monotonic() - start:.1f} s for the checkpoint of step {before} to be on the disk")
+        self._step, self._phase, self._answer = step, PART, None
+        self._manifest = {"format": FORMAT, "version": VERSION, "step": step, "consumed_samples": consumed_samples,
+                          "eval_loss": eval_loss, **self._fixed, "counters": self._engine.counters()}
         try:
-            work()
+            self._begin()
         except Exception as error:  # whatever it is, the others wait for an answer
-            problem, cause = f"{doing}: {self.reason(error)}", error
-        problems = self.groups.agree(problem)
+            self._answer = Answer(f"writing its part: {type(error).__name__}: {error}")
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is on its way is whole and `latest` names it.
+
+        Raises CheckpointError on all ranks when one has failed: see `save`.
+        """
+        while self._phase is not None:
+            if self._look(WAIT_SECONDS) is None:
+                self._answer = Answer(f"writing: its writer hasn't answered for {WAIT_SECONDS:.0f} s")
+            self._agree()
+            self._advance()
+
+    def close(self) -> None:
+        """Stop this rank's writer; what `finish` hasn't waited for is lost."""
+        if self._snapshot is not None:
+            self._snapshot.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._snapshot = self._writer = None
+
+    @property
+    def _folder(self) -> str:
+        """Of this attempt. The token tells it from those of a run that died on another machine, and may not be quite dead."""
+        return f"{TEMPORARY_PREFIX}{step_name(self._step)}.{self._token}"
+
+    def _begin(self) -> None:
+        """Write this rank's part, or let it be written."""
+        held, rank = snapshot.owned(self._engine.fragments()), self._groups.rank
+        entries = snapshot.describe(held, rank_file(rank))
+        where, size = snapshot.places(held)
+        if self._writer is None or self._snapshot is None or size > self._writer.size:
+            self._answer = self._performer.part(self._folder, rank, entries, lambda number: snapshot.content(held[number].tensor))
+            return
+        self._snapshot.take(held, where)
+        self._writer.send_part(self._folder, rank, entries, where)
+
+    def _look(self, seconds: float = 0.0) -> Answer | None:
+        """The answer to what this rank is doing, if there is one by now."""
+        if self._answer is None and self._writer is not None:
+            self._answer = self._writer.answer(seconds)
+        return self._answer
+
+    def _advance(self) -> None:
+        """All ranks are done with this phase: the next one."""
+        answer, first = self._answer, self._groups.rank == 0
+        self._answer = None if first else Answer()
+        if self._phase == WHOLE:
+            self._phase, self.saved = None, self._step
+            for note in answer.notes if answer else ():
+                self._report(note)
+            return
+        self._phase = WHOLE
+        job = {"folder": self._folder, "manifest": self._manifest, **self._whole}
+        if first and self._writer is not None:
+            self._writer.send("whole", **job)
+        elif first:
+            self._answer = self._performer.whole(**job)
+
+    def _agree(self) -> None:
+        """Raise on all ranks what any of them has met."""
+        problems = self._groups.agree(self._answer.problem if self._answer else None)
         if not problems:
             return
-        if self.groups.rank == 0:
-            _clean_quietly(self.root, self.disk)
+        self._phase = None
+        if self._groups.rank == 0:
+            self._performer.clean()
         lines = "; ".join(f"rank {rank} failed {text}" for rank, text in problems)
-        name = self.root / step_name(self.step)
-        if self.published:
-            text = f"{name} is saved and whole, but {lines}. A resume may begin at an earlier checkpoint"
-        else:
-            text = f"{name} wasn't saved: {lines}. Earlier checkpoints are as they were"
-        raise CheckpointError(text) from cause
-
-    def rank_0(self, doing: str, work: Callable[[], None]) -> None:
-        """`together` for a stage in which only rank 0 works."""
-        self.together(doing, work if self.groups.rank == 0 else lambda: None)
-
-    def reason(self, error: Exception) -> str:
-        """The error in one line; for one of the file system with the bytes needed and free."""
-        if not isinstance(error, OSError):
-            return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-        name = errno.errorcode.get(error.errno, "OSError") if error.errno else type(error).__name__
-        where = f" ({error.filename})" if error.filename else ""
-        needed = f", {self.needed:,} bytes needed" if self.needed else ""
-        return f"{error.strerror or error} [{name}]{where}{needed}, {_free_bytes(self.root)} bytes free"
+        name = self.root / step_name(self._step)
+        if all(text.startswith(POINTING) for _, text in problems):
+            self.saved = self._step
+            raise CheckpointError(f"{name} is saved and whole, but {lines}")
+        raise CheckpointError(f"{name} wasn't saved: {lines}. Earlier checkpoints are as they were")
 
 
-def _free_bytes(folder: Path) -> str:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+def available_bytes() -> int | None:
+    """What this machine's memory can still take; None where the kernel doesn't say."""
     try:
-        return f"{shutil.disk_usage(folder).free:,}"
-    except OSError:
-        return "an unknown number"
-
-
-def _prepare(root: Path, temporary: Path, disk: Disk) -> None:
-    disk.make_folder(root)
-    clean(root, disk)
-    disk.make_folder(temporary)
-
-
-def clean(root: Path, disk: Disk) -> None:
-    """Remove what killed or failed saves left; give a checkpoint its name back that was stepping aside for one of them."""
-    for path in sorted(root.glob(f"{REPLACED_PREFIX}*")):
-        original = root / path.name.removeprefix(REPLACED_PREFIX)
-        if fault(path) is None and (not original.exists() or fault(original) is not None):
-            disk.remove(original)
-            disk.rename(path, original)
-        else:
-            disk.remove(path)
-    for prefix in (TEMPORARY_PREFIX, DELETED_PREFIX):
-        for path in sorted(root.glob(f"{prefix}*")):
-            disk.remove(path)
-
-
-def _clean_quietly(root: Path, disk: Disk) -> None:
-    try:
-        clean(root, disk)
-    except OSError:
-        return  # the disk is failing; what stays has a hidden name that nobody reads, and the next save tries again
-
-
-def _write_rank(temporary: Path, engine: Engine, attempt: _Attempt) -> None:
-    """This rank's owned fragments: the index first, because it is small, then the tensors."""
-    rank, disk = attempt.groups.rank, attempt.disk
-    if not temporary.is_dir():
-        raise CheckpointError(f"{temporary}, which rank 0 has made, isn't there: {NOT_SHARED}")
-    owned = [fragment for fragment in engine.fragments() if fragment.owned and fragment.count]
-    entries = describe(owned, rank_file(rank))
-    index = json_bytes({"rank": rank, "file": rank_file(rank), "fragments": [entry.to_json() for entry in entries]})
-    attempt.needed = len(index) + sum(fragment.count * fragment.tensor.element_size() for fragment in owned)
-    disk.write(temporary / index_file(rank), [index])
-    tensors = [(entry, fragment.tensor) for entry, fragment in zip(entries, owned, strict=True)]
-    disk.write(temporary / rank_file(rank), safetensors_chunks(tensors))
-
-
-def _describe_whole(temporary: Path, manifest: Mapping[str, Any], documents: Mapping[str, Any], tokenizer_files: Sequence[Path],
-                    disk: Disk) -> None:
-    """The files that belong to no rank, and checkpoint.json last, with the size of every file beside it."""
-    ranks = range(manifest["world_size"])
-    _check_ranks(temporary, ranks)
-    # By name rather than by listing the folder: a network file system may list what it remembers.
-    files = {name: (temporary / name).stat().st_size for rank in ranks for name in (rank_file(rank), index_file(rank))}
-    for name, document in documents.items():
-        files[name] = disk.write(temporary / name, [(json.dumps(document, indent=2) + "\n").encode()])
-    if tokenizer_files:
-        folder = temporary / TOKENIZER
-        disk.make_folder(folder)
-        for source in map(Path, tokenizer_files):
-            files[f"{TOKENIZER}/{source.name}"] = disk.copy(source, folder / source.name)
-        disk.sync_folder(folder)
-    disk.write(temporary / MANIFEST, [json_bytes({**manifest, "files": files})])
-    disk.sync_folder(temporary)
-
-
-def _check_ranks(temporary: Path, ranks: range) -> None:
-    """Every rank's files are here, and together they hold every element of every part exactly once."""
-    stored: dict[tuple[str, str], list[StoredFragment]] = {}
-    for rank in ranks:
-        if not (temporary / rank_file(rank)).is_file():
-            raise CheckpointError(f"{rank_file(rank)} isn't there: {NOT_SHARED}")
-        for entry in parse_index(temporary, index_file(rank)):
-            stored.setdefault((entry.part, entry.role), []).append(entry)
-    for (part, role), entries in stored.items():
-        problem = boxes.untiled(entries)
-        assert problem is None, f"{role} of {part}: the ranks don't own every element exactly once: {problem}"
-
-
-def _publish(root: Path, temporary: Path, step: int, disk: Disk) -> None:
-    """Rename the folder to its name. What `latest` will say is written before, when failing is harmless."""
-    final, aside = root / step_name(step), root / (REPLACED_PREFIX + step_name(step))
-    disk.write(root / NEW_LATEST, [f"{final.name}\n".encode()])
-    if final.exists():
-        disk.rename(final, aside)
-    disk.rename(temporary, final)
-
-
-def _point_latest(root: Path, disk: Disk) -> None:
-    """Replace `latest` once the new folder's name is on the disk."""
-    disk.sync_folder(root)
-    disk.rename(root / NEW_LATEST, root / LATEST)
-    disk.sync_folder(root)
-
-
-def _retire(root: Path, step: int, keep: int, disk: Disk, report: Report | None) -> None:
-    """Delete what is older than the `keep` newest whole checkpoints up to `step`, the one just saved.
-
-    Later steps belong to a branch that the user went back from; they stay until the run overwrites them.
-    """
-    try:
-        disk.remove(root / (REPLACED_PREFIX + step_name(step)))
-        whole = 0
-        for _, folder in [item for item in candidates(root) if item[0] <= step]:
-            if whole < max(keep, 1):
-                whole += fault(folder, read=False) is None
-                continue
-            doomed = root / (DELETED_PREFIX + folder.name)
-            disk.rename(folder, doomed)
-            disk.remove(doomed)
-    except OSError as error:
-        if report is not None:
-            report(f"an old checkpoint in {root} couldn't be deleted: {error}")
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 def versions() -> dict[str, str]:

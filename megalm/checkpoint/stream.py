@@ -14,20 +14,12 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.disk import Disk
-from megalm.checkpoint.format import (
-    ALIGNMENT,
-    DTYPE_NAMES,
-    FORMAT,
-    MANIFEST,
-    TEMPORARY_PREFIX,
-    VERSION,
-    CheckpointError,
-    StoredFragment,
-    index_file,
-    json_bytes,
-    rank_file,
-)
+from megalm.checkpoint.format import ALIGNMENT, FORMAT, TEMPORARY_PREFIX, VERSION, StoredFragment, rank_file
+from megalm.checkpoint.fragment import DTYPE_NAMES
+from megalm.checkpoint.parts import write_part
+from megalm.checkpoint.publish import describe_whole
 from megalm.checkpoint.save import versions
+from megalm.checkpoint.sealed import CheckpointError
 
 BLOCK_BYTES = 32 << 20
 FILE_BYTES = 4 << 30
@@ -82,14 +74,19 @@ def safetensors_bytes(tensors: Sequence[Streamed], metadata: Mapping[str, str]) 
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors:
-        written = 0
-        for block in tensor.blocks():
-            assert block.dtype == tensor.dtype, (tensor.name, block.dtype, tensor.dtype)
-            flat = block.contiguous().view(-1)
-            flat = flat.as_strided(flat.shape, (1,))  # a tensor of one element may have any stride, a view as bytes may not
-            yield memoryview(flat.view(torch.uint8).numpy())
-            written += flat.numel() * flat.element_size()
-        assert written == tensor.nbytes, (tensor.name, written, tensor.nbytes)
+        yield from stretches(tensor)
+
+
+def stretches(tensor: Streamed) -> Iterator[memoryview]:
+    """The tensor's bytes, a block's at a time."""
+    written = 0
+    for block in tensor.blocks():
+        assert block.dtype == tensor.dtype, (tensor.name, block.dtype, tensor.dtype)
+        flat = block.contiguous().view(-1)
+        flat = flat.as_strided(flat.shape, (1,))  # a tensor of one element may have any stride, a view as bytes may not
+        yield memoryview(flat.view(torch.uint8).numpy())
+        written += flat.numel() * flat.element_size()
+    assert written == tensor.nbytes, (tensor.name, written, tensor.nbytes)
 
 
 def groups_by_size(tensors: Sequence[Streamed], limit: int = FILE_BYTES) -> list[list[Streamed]]:
@@ -136,25 +133,14 @@ def write_weights(folder: Path, weights: Reader, documents: Mapping[str, Any], f
     """
     disk = disk or Disk()
     with new_folder(folder, disk) as temporary:
-        tensors = [_stored(weights, part, dtype or weights.dtype(part)) for part in weights]
-        ranks = groups_by_size(tensors)
-        sizes: dict[str, int] = {}
+        ranks = groups_by_size([_stored(weights, part, dtype or weights.dtype(part)) for part in weights])
         for rank, members in enumerate(ranks):
-            entries = [_entry(weights, rank, tensor).to_json() for tensor in members]
-            index = json_bytes({"rank": rank, "file": rank_file(rank), "fragments": entries})
-            sizes[index_file(rank)] = disk.write(temporary / index_file(rank), [index])
-            chunks = safetensors_bytes(members, {"format": FORMAT, "version": str(VERSION)})
-            sizes[rank_file(rank)] = disk.write(temporary / rank_file(rank), chunks)
-        for name, document in documents.items():
-            sizes[name] = disk.write(temporary / name, [(json.dumps(document, indent=2) + "\n").encode()])
-        for name, source in files.items():
-            disk.make_folder((temporary / name).parent)
-            sizes[name] = disk.write(temporary / name, [source.read_bytes()])
-            disk.sync_folder((temporary / name).parent)
+            entries = [_entry(weights, rank, tensor) for tensor in members]
+            write_part(temporary, rank, entries, lambda number, members=members: stretches(members[number]), disk)
         layout = {"tp": 1, "pp": 1, "dp": len(ranks), "zero_stage": 0, "sequence_parallel": False}
-        manifest = {"format": FORMAT, "version": VERSION, "step": 0, "consumed_samples": 0, "world_size": len(ranks),
-                    "layout": layout, "counters": {}, "versions": versions(), "files": sizes}
-        disk.write(temporary / MANIFEST, [json_bytes(manifest)])
+        manifest = {"format": FORMAT, "version": VERSION, "step": 0, "consumed_samples": 0, "eval_loss": None,
+                    "world_size": len(ranks), "layout": layout, "counters": {}, "versions": versions()}
+        describe_whole(temporary, manifest, documents, (), disk, files)
 
 
 def _stored(weights: Reader, part: str, dtype: torch.dtype) -> Streamed:
@@ -166,5 +152,5 @@ def _stored(weights: Reader, part: str, dtype: torch.dtype) -> Streamed:
 def _entry(weights: Reader, rank: int, tensor: Streamed) -> StoredFragment:
     role, _, part = tensor.name.partition("/")
     shape = weights.shape(part)
-    return StoredFragment(rank_file(rank), tensor.name, part, role, tensor.dtype, shape, None, 0, shape[0], 0, tensor.shape[0],
-                          None)
+    return StoredFragment(rank_file(rank), tensor.name, part, role, DTYPE_NAMES[tensor.dtype], shape, None, 0, shape[0], 0,
+                          tensor.shape[0], None)

@@ -290,8 +290,15 @@ class Checkpoint(Section):
     """Saving and going on."""
     every: Natural = 0
     """Steps between checkpoints; 0: none on the way."""
+    async_: bool = Field(True, alias="async")
+    """Write those on the way in a process beside each rank, while the training goes on after a copy in memory (which takes as
+    much of the host's memory as the rank's state)."""
     keep: Positive = 3
     """Newest checkpoints that stay."""
+    keep_every: Natural = 0
+    """Those of steps that this divides stay too; 0: no such rule."""
+    keep_best: Natural = 0
+    """So many of the lowest validation loss stay too, of those at whose step it was measured (train.eval_every)."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest whole checkpoint of train.dir; never refuses a folder that has one."""
     allow_changes: bool = False

@@ -1,8 +1,9 @@
 """Stopping together: a signal to any rank becomes a decision of all of them at the end of a step.
 
-SIGINT, SIGTERM and SIGHUP (a lost terminal, which torchrun passes on) ask for a polite stop: save, then leave. A second SIGINT
-two seconds or more after the first ends the process at once; a SIGTERM after the first signal changes nothing, because
-DeepSpeed's launcher sends both. A signal that the process was started to ignore (nohup) stays ignored.
+SIGINT, SIGHUP (a lost terminal, which torchrun passes on), SIGTERM and SIGUSR1 (a cluster that takes its machines back: Slurm's
+--signal) ask for a polite stop: save, then leave. A second SIGINT two seconds or more after the first ends the process at
+once; a SIGTERM after the first signal changes nothing, because DeepSpeed's launcher sends both. A signal that the process was
+started to ignore (nohup) stays ignored.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # it imports torch, and the launcher, which doesn't, takes the number below
-    from megalm.parallel.groups import Groups
+from megalm.parallel.process import SIGNALS
 
+PREEMPTED = 75
+"""The exit code of a job that its cluster stopped and that would go on: sysexits.h's EX_TEMPFAIL, "try again later"."""
+GOING_ON, POLITE, PREEMPTION = range(3)
+"""What ranks were asked, the highest of all of them counting: nothing, to stop by a person, to stop by the cluster."""
 SECOND_SIGINT_SECONDS = 2.0  # terminals and impatient fingers repeat a Ctrl-C; only a later one means "at once"
 
 
@@ -23,10 +26,11 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._first: float | None = None
+        self._kind = GOING_ON
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._received)
         return self
@@ -39,6 +43,7 @@ class StopSignal:
         now = time.monotonic()
         if self._first is None:
             self._first = now
+            self._kind = PREEMPTION if preempts(number) else POLITE
         elif number == signal.SIGINT and now - self._first >= SECOND_SIGINT_SECONDS:
             os._exit(128 + number)  # the user insists: no atexit, no collective that might wait for others
 
@@ -47,6 +52,12 @@ class StopSignal:
         """Whether this rank was asked to stop."""
         return self._first is not None
 
-    def agreed(self, groups: Groups) -> bool:
-        """True on every rank once any rank was asked to stop. Collective, once a step."""
-        return groups.any(self.asked)
+    @property
+    def kind(self) -> int:
+        """What this rank was asked first."""
+        return self._kind
+
+
+def preempts(number: int) -> bool:
+    """Whether the signal is how a cluster takes its machines back, and not a person at a terminal."""
+    return number in (signal.SIGTERM, signal.SIGUSR1)

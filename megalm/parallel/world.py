@@ -60,11 +60,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on every rank as soon as one rank's flag is."""
+        return bool(self.highest(int(flag))[0])
+
+    def highest(self, *values: int) -> list[int]:
+        """The largest of all ranks, of each of these integers; one small all-reduce."""
         if self.world_size == 1:
-            return flag
-        value = torch.tensor(int(flag), dtype=torch.int32)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(value.item())
+            return list(values)
+        found = torch.tensor(values, dtype=torch.int32)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.control)
+        return found.tolist()
 
     def agree(self, problem: str | None) -> list[tuple[int, str]]:
         """(rank, problem) of every rank that reports one, known to all of them; empty when all went well."""

@@ -5,7 +5,7 @@ import json
 import math
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +51,12 @@ class Crew:
         self._meeting.wait()
         return heard
 
+    def broadcast(self, rank: int, value: Any) -> Any:
+        if rank == 0:
+            self._value = value
+        self._meeting.wait()
+        return self._value
+
     def run(self, work: Callable[[Groups], Any]) -> list[Any]:
         """work(groups) on every rank at once; each rank's result, or the exception that ended it."""
         results: list[Any] = [None] * self.world_size
@@ -89,6 +95,9 @@ class Groups:
 
     def agree(self, problem: str | None) -> list[tuple[int, str]]:
         return self.crew.agree(self.rank, problem)
+
+    def broadcast(self, value: Any) -> Any:
+        return self.crew.broadcast(self.rank, value)
 
 
 @dataclass
@@ -169,10 +178,10 @@ def expected(fragment: Fragment, values: Values) -> Tensor:
     return slab[fragment.start: fragment.start + fragment.count].to(fragment.tensor.dtype)
 
 
-def settings(keep: int = 3, allow_changes: bool = False, **more: Any) -> SimpleNamespace:
+def settings(keep: int = 3, allow_changes: bool = False, keep_every: int = 0, keep_best: int = 0, **more: Any) -> SimpleNamespace:
     """As much of a Config as saving needs."""
     content = {"model": {"hidden_size": 12}, "train": {"seed": 1}, "optimizer": {"lr": 0.1}, "data": {"train": [{"path": "a"}]}}
-    section = SimpleNamespace(keep=keep, allow_changes=allow_changes)
+    section = SimpleNamespace(keep=keep, keep_every=keep_every, keep_best=keep_best, allow_changes=allow_changes)
     return SimpleNamespace(checkpoint=section, model_dump=lambda mode: json.loads(json.dumps({**content, **more})))
 
 
@@ -183,9 +192,10 @@ def plan(tp: int = 1, pp: int = 1, dp: int = 1, **more: Any) -> SimpleNamespace:
     return SimpleNamespace(**numbers, to_dict=lambda: dict(numbers))
 
 
-def save_all(folder: Path, step: int, ranks: list[Engine], disks: list[Disk] | None = None, **more: Any) -> list[Any]:
+def save_all(folder: Path, step: int, ranks: list[Engine], disks: Sequence[Disk] = (), **more: Any) -> list[Any]:
     """Save with every rank; each rank's path, or its exception."""
-    keep, consumed = more.pop("keep", 3), more.pop("consumed", 8 * step)
+    rules = {name: more.pop(name) for name in ("keep", "keep_every", "keep_best") if name in more}
+    consumed = more.pop("consumed", 8 * step)
+    disks = disks or [Hasty() for _ in ranks]
     return Crew(len(ranks)).run(lambda groups: save(
-        folder, step, consumed, ranks[groups.rank], groups, settings(keep), plan(), disk=disks[groups.rank] if disks else Hasty(),
-        **more))
+        folder, step, consumed, ranks[groups.rank], groups, settings(**rules), plan(), disk=disks[groups.rank], **more))

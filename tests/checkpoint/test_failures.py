@@ -46,9 +46,9 @@ def test_a_failing_disk_is_one_clear_error_on_every_rank(code, rank, name, numbe
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000010", "step_00000020"]
 
 
-@pytest.mark.parametrize("name, number, found", [("sync_folder", 1, 10), ("rename", 1, 10), ("sync_folder", 2, 20)])
+@pytest.mark.parametrize("name, number", [("sync_folder", 3), ("rename", 1), ("sync_folder", 4)])
 @pytest.mark.parametrize("step", [20, 10])
-def test_a_checkpoint_that_only_latest_misses_is_called_whole(name, number, found, step, tmp_path):
+def test_a_checkpoint_that_only_latest_misses_is_called_whole(name, number, step, tmp_path):
     """The disk fails after the folder has its name: the error says that the checkpoint is there, and it is."""
     succeed(save_all(tmp_path, 10, ranks(OLD)))
     number += step == 10 and name == "rename"  # the old folder steps aside first
@@ -59,7 +59,7 @@ def test_a_checkpoint_that_only_latest_misses_is_called_whole(name, number, foun
     target = ranks(None)
     succeed(load_all(tmp_path / f"checkpoints/step_000000{step}", target))
     assert wrong(target, NEW) == []
-    assert find(tmp_path).name == f"step_000000{min(found, step)}"
+    assert find(tmp_path).name == f"step_000000{step}", "what latest was about to say is there"
     if step == 20:
         target = ranks(None)
         succeed(load_all(tmp_path / "checkpoints/step_00000010", target))
@@ -172,7 +172,7 @@ def test_a_rank_killed_while_it_writes(tmp_path):
     before = tree(tmp_path)
     results = save_all(tmp_path, 20, ranks(NEW), [Hasty(), Dying(1, "within")])
     assert isinstance(results[1], Killed) and isinstance(results[0], Exception)
-    attempt = tmp_path / "checkpoints/.tmp_step_00000020"
+    [attempt] = (tmp_path / "checkpoints").glob(".tmp_step_00000020.*")
     left = tree(tmp_path)
     assert all(name in before or name.startswith(f"checkpoints/{attempt.name}/rank_") for name in left)
     assert (attempt / "rank_00001.safetensors").exists(), "the torn file"

@@ -3,13 +3,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from megalm.checkpoint import CheckpointError, fault, find
+from megalm.checkpoint import CheckpointError, fault, find, sealed
 from megalm.checkpoint.disk import Disk
 from tests.checkpoint.disks import Remembering, tree
 from tests.checkpoint.fakes import SMALL, Crew, Engine, draw, engines, plan, save_all, settings
@@ -28,14 +27,15 @@ def test_the_files_of_a_checkpoint(tmp_path):
     names = [f"rank_0000{rank}.{suffix}" for rank in range(4) for suffix in ("json", "safetensors")]
     assert sorted(tree(folder)) == sorted([*names, "checkpoint.json", "config.json", "plan.json", "tokenizer/spm.model"])
     manifest = json.loads((folder / "checkpoint.json").read_text())
-    assert manifest["format"] == "megalm.checkpoint" and manifest["version"] == 1
+    assert manifest["format"] == "megalm.checkpoint" and manifest["version"] == 2
     assert (manifest["step"], manifest["consumed_samples"], manifest["world_size"]) == (8, 50, 4)
     assert manifest["counters"] == {"optimizer_step": 6, "scale": 0.1}
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or manifest["versions"]["torch"] == torch.__version__
-    assert manifest["files"] == {name: len(content) for name, content in tree(folder).items() if name != "checkpoint.json"}
+    assert {name: stated["bytes"] for name, stated in manifest["files"].items()} == {
+        name: len(content) for name, content in tree(folder).items() if name != "checkpoint.json"}
     assert json.loads((folder / "config.json").read_text()) == settings().model_dump("json")
     assert json.loads((folder / "plan.json").read_text()) == plan().to_dict()
-    assert (folder.parent / "latest").read_text() == "step_00000008\n"
+    assert (folder.parent / "latest").read_text() == f"step_00000008\nxxh3 {manifest['xxh3']}\n"
     assert sorted(os.listdir(folder.parent)) == ["latest", "step_00000008"]
 
 
@@ -67,11 +67,13 @@ def test_everything_is_on_the_disk_before_it_has_a_name(tmp_path):
     """checkpoint.json last in the folder, the folder's rename after it, `latest` after that."""
     disk = Remembering()
     succeed(save_all(tmp_path, 2, engines(SMALL, draw(SMALL)), [disk]))
+    attempt = disk.log[0][1]
+    assert attempt.startswith(".tmp_step_00000002.")
     assert disk.log == [
-        ("make_folder", "checkpoints"), ("make_folder", ".tmp_step_00000002"),
-        ("write", "rank_00000.json"), ("write", "rank_00000.safetensors"),
-        ("write", "config.json"), ("write", "plan.json"), ("write", "checkpoint.json"), ("sync_folder", ".tmp_step_00000002"),
-        ("write", ".tmp_latest"), ("rename", ".tmp_step_00000002", "step_00000002"), ("sync_folder", "checkpoints"),
+        ("make_folder", attempt), ("write", "rank_00000.safetensors"), ("write", "rank_00000.json"),
+        ("write", "config.json"), ("write", "plan.json"), ("write", "checkpoint.json"), ("sync_folder", attempt),
+        ("remove", ".tmp_latest"), ("write", ".tmp_latest"), ("sync_folder", "checkpoints"), ("sync_folder", tmp_path.name),
+        ("rename", attempt, "step_00000002"), ("sync_folder", "checkpoints"),
         ("rename", ".tmp_latest", "latest"), ("sync_folder", "checkpoints"), ("remove", ".old_step_00000002")]
 
 
@@ -79,7 +81,8 @@ def test_files_and_folders_are_synced(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
     folder = succeed(save_all(tmp_path, 2, engines(SMALL, draw(SMALL), tp=2), [Disk(), Disk()]))[0]
-    assert {*tree(folder), ".tmp_latest", ".tmp_step_00000002", "checkpoints"} <= set(synced)
+    assert {*tree(folder), ".tmp_latest", "checkpoints", tmp_path.name} <= set(synced)
+    assert any(name.startswith(".tmp_step_00000002.") for name in synced)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -105,13 +108,13 @@ def test_making_room_reads_no_rank_s_index(tmp_path, monkeypatch):
     ranks = engines(SMALL, draw(SMALL), tp=2)
     for step in (1, 2):
         succeed(save_all(tmp_path, step, ranks))
-    module, read = sys.modules[fault.__module__], []
-    original = module.read_json
-    monkeypatch.setattr(module, "read_json", lambda path: (read.append(path.name), original(path))[1])
+    read, original = [], sealed.read
+    monkeypatch.setattr(sealed, "read", lambda path: (read.append((path.parent.name, path.name)), original(path))[1])
     succeed(save_all(tmp_path, 3, ranks, keep=2))
-    assert set(read) == {"checkpoint.json"} and len(read) == 2
+    assert {name for folder, name in read if folder.startswith("step_")} == {"checkpoint.json"}
+    read.clear()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step_00000002", "step_00000003"]
-    assert find(tmp_path).name == "step_00000003" and "rank_00001.json" in read
+    assert find(tmp_path).name == "step_00000003" and ("step_00000003", "rank_00001.json") in read
 
 
 def test_going_back_keeps_what_was_just_saved(tmp_path):
@@ -167,7 +170,7 @@ def test_ranks_that_don_t_share_a_file_system(tmp_path):
                                                 plan()))
     for result in results:
         assert isinstance(result, CheckpointError)
-        assert "rank 1 failed" in str(result) and "file system that all ranks share" in str(result)
+        assert "rank 0 failed describing it: rank_00001" in str(result) and "file system that all ranks share" in str(result)
 
 
 def test_an_error_of_the_program_on_one_rank_reaches_all(tmp_path):

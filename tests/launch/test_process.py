@@ -9,7 +9,7 @@ from tests.launch.launcher import exists, wait_until
 
 PARENT = """
 import os, sys, time
-from megalm.launch.process import die_with_parent
+from megalm.parallel.process import die_with_parent
 parent = os.getpid()
 pid = os.fork()
 if pid == 0:

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from megalm.checkpoint import find, read_weights
-from megalm.tools.average import main
+from megalm.tools.checkpoint import main as checkpoint_main
 from megalm.tools.convert import main as convert
 from megalm.tools.generate import load_model
 from tests import training
 from tests.tools.test_generate import CPU, GPT2, LLAMA, checkpoint
+
+
+def main(arguments: list[str]) -> int:
+    return checkpoint_main(["average", *arguments])
 
 
 def runs(tmp_path, count, model=GPT2):

@@ -1,0 +1,88 @@
+"""What saving asks of whoever writes, this process or the writer beside it: jobs as JSON, and an answer for each."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.disk import Disk
+from megalm.checkpoint.format import StoredFragment
+from megalm.checkpoint.parts import Content, write_part
+from megalm.checkpoint.publish import clean, describe_whole, point_latest, publish
+from megalm.checkpoint.retain import Retention, retire
+from megalm.checkpoint.sealed import CheckpointError
+
+POINTING = "pointing latest to it"
+"""What fails after a checkpoint has got its name."""
+
+
+@dataclass
+class Answer:
+    """How a job went: `problem` in one line that begins with what was being done, or None; lines for the user."""
+
+    problem: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Performer:
+    """Does jobs on a disk, below one run's checkpoints/. `needed`: bytes of the part last written, for what errors say."""
+
+    root: Path
+    disk: Disk
+    needed: int = 0
+
+    def part(self, folder: str, rank: int, entries: Sequence[StoredFragment], content: Content) -> Answer:
+        """Write this rank's part into a folder that any rank may have to make."""
+        self.needed = sum(entry.bytes for entry in entries)
+
+        def work() -> None:
+            self.disk.make_folder(self.root / folder)
+            write_part(self.root / folder, rank, entries, content, self.disk)
+
+        return Answer(self._attempt("writing its part", work))
+
+    def whole(self, folder: str, manifest: Mapping[str, Any], documents: Mapping[str, Any], tokenizer_files: Sequence[str],
+              retention: Mapping[str, int]) -> Answer:
+        """Make a checkpoint of the parts in the folder: describe it, give it its name, delete those that need not stay."""
+        temporary, step, disk = self.root / folder, manifest["step"], self.disk
+        problem = self._attempt("describing it", lambda: describe_whole(temporary, manifest, documents, tokenizer_files, disk))
+        problem = problem or self._attempt("publishing it", lambda: publish(self.root, temporary, step, self.disk))
+        if problem:
+            return Answer(problem)
+        problem = self._attempt(POINTING, lambda: point_latest(self.root, self.disk))
+        notes = [] if problem else retire(self.root, step, Retention(**retention), self.disk)
+        return Answer(problem, notes)
+
+    def clean(self) -> Answer:
+        """Remove what attempts have left. On a disk that fails it stays, under hidden names, and the next run tries again."""
+        return Answer(self._attempt("cleaning up", lambda: clean(self.root, self.disk)))
+
+    def _attempt(self, doing: str, work: Callable[[], None]) -> str | None:
+        try:
+            work()
+        except Exception as error:  # whatever it is, the ranks wait for an answer
+            return f"{doing}: {self._reason(error)}"
+        return None
+
+    def _reason(self, error: Exception) -> str:
+        """The error in one line; for one of the file system with the bytes needed and free."""
+        if not isinstance(error, OSError):
+            return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        name = errno.errorcode.get(error.errno, "OSError") if error.errno else type(error).__name__
+        where = f" ({error.filename})" if error.filename else ""
+        needed = f", {self.needed:,} bytes needed" if self.needed else ""
+        return f"{error.strerror or error} [{name}]{where}{needed}, {_free_bytes(self.root)} bytes free"
+
+
+def _free_bytes(folder: Path) -> str:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number"

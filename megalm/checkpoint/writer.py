@@ -1,0 +1,147 @@
+"""The process that writes one rank's checkpoints while the rank trains, and the rank's end of the line to it.
+
+The rank copies its state into memory that both share, says what it is, and trains on; the writer hashes, writes, syncs and
+renames. It is a process and not a thread because Python runs one thread at a time, a fresh one because a CUDA context
+doesn't survive a fork, and it imports no torch: it is there in a twentieth of a second and takes 15 MB. The kernel kills it
+with its rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.disk import Disk
+from megalm.checkpoint.format import StoredFragment
+from megalm.checkpoint.jobs import Answer, Performer
+from megalm.parallel.process import SIGNALS, die_with_parent
+
+# Without megalm.checkpoint's own __init__, which imports torch.
+PROGRAM = """
+import json, sys, types
+sys.path[:], package, arguments = json.loads(sys.argv[1])
+module = sys.modules["megalm.checkpoint"] = types.ModuleType("megalm.checkpoint")
+module.__path__ = [package]
+from megalm.checkpoint.writer import main
+main(**arguments)
+"""
+NICE = 5
+"""Where ranks take every core, training goes before writing."""
+LINE_SECONDS = 60.0
+"""A job is a message of some kilobytes to a process that does nothing but wait for it."""
+LEAVE_SECONDS = 5.0
+
+
+def main(parent: int, line: int, memory: int, size: int, root: str) -> None:
+    """Do the jobs that come over the socket `line`, until it closes. `memory`: a file of `size` bytes, shared with the rank."""
+    die_with_parent(parent)
+    for number in SIGNALS:  # a Ctrl-C reaches a terminal's whole process group; when to stop is the ranks' decision
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    with contextlib.suppress(OSError):
+        os.nice(NICE)
+    performer = Performer(Path(root), Disk())
+    with mmap.mmap(memory, size, prot=mmap.PROT_READ) as shared, socket.socket(fileno=line) as ours:
+        view = memoryview(shared)
+        for job in ours.makefile("rb"):
+            answer = perform(performer, json.loads(job), view)
+            ours.sendall(json.dumps(dataclasses.asdict(answer)).encode() + b"\n")
+        view.release()
+
+
+def perform(performer: Performer, job: dict[str, Any], memory: memoryview) -> Answer:
+    """One job: {"do": the method's name, ...its arguments}; a part's contents are (first byte, bytes) in the shared memory."""
+    name = job.pop("do")
+    if name == "part":
+        places = job.pop("places")
+        job["entries"] = [StoredFragment(**entry) for entry in job["entries"]]
+        job["content"] = lambda number: memory[places[number][0]: sum(places[number])]
+    return getattr(performer, name)(**job)
+
+
+class Writer:
+    """A rank's end: one job at a time. `memory` is what the writer will read, `size` bytes."""
+
+    def __init__(self, root: Path, size: int) -> None:
+        """Start the process. Raises OSError."""
+        self.size = max(size, 1)
+        self._file = os.memfd_create("megalm-checkpoint", os.MFD_CLOEXEC)
+        os.ftruncate(self._file, self.size)
+        # Populated: the first snapshot must not pay for the first touch of every page.
+        self.memory = mmap.mmap(self._file, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        ours, theirs = socket.socketpair()
+        self._line, self._received, self._busy = ours, b"", False
+        self._line.settimeout(LINE_SECONDS)
+        arguments = {"parent": os.getpid(), "line": theirs.fileno(), "memory": self._file, "size": self.size, "root": str(root)}
+        package = Path(__file__).resolve().parent
+        path = [str(package.parent.parent), *sys.path]
+        command = [sys.executable, "-S", "-c", PROGRAM, json.dumps([path, str(package), arguments])]
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it ignores them
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), self._file))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, do: str, **arguments: Any) -> None:
+        """Hand over a job; what comes of it, or of the writer, `answer` tells."""
+        self._busy = True
+        with contextlib.suppress(OSError):  # a writer that is gone
+            self._line.sendall(json.dumps({"do": do, **arguments}).encode() + b"\n")
+
+    def send_part(self, folder: str, rank: int, entries: Sequence[StoredFragment], places: Sequence[tuple[int, int]]) -> None:
+        """Hand over this rank's part; places[i]: the (first byte, bytes) of entries[i] in the memory."""
+        self.send("part", folder=folder, rank=rank, entries=[vars(entry) for entry in entries], places=places)
+
+    def answer(self, seconds: float = 0.0) -> Answer | None:
+        """The answer to the job, as soon as it is there; None when it isn't within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._received:
+            ready, _, _ = select.select([self._line], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return None
+            received = self._receive()
+            if not received:
+                return self._gone()
+            self._received += received
+        line, _, self._received = self._received.partition(b"\n")
+        self._busy = False
+        return Answer(**json.loads(line))
+
+    def _receive(self) -> bytes:
+        try:
+            return self._line.recv(1 << 16)
+        except ConnectionError:
+            return b""
+
+    def _gone(self) -> Answer:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(LEAVE_SECONDS)
+            end = f"exit code {status}" if status >= 0 else f"signal {-status} ({signal.Signals(-status).name})"
+            return Answer(f"writing: the process that writes its checkpoints has ended: {end}")
+        return Answer("writing: the process that writes its checkpoints doesn't answer any more")
+
+    def close(self) -> None:
+        """End the process; a job that it hasn't finished stays under a hidden name."""
+        self._line.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0 if self._busy else LEAVE_SECONDS)
+        self._process.kill()
+        self._process.wait()
+        os.close(self._file)
