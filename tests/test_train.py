@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from megalm.checkpoint import find, read_manifest
-from megalm.checkpoint.sealed import digest, seal
 from megalm.data import IndexedWriter
 from tests import dist, training
+from tests.checkpoint.fakes import plant
 
 LAYOUTS = {
     "tp2-pp2-bf16": (4, {"parallel": {"tp": 2, "pp": 2, "sequence_parallel": True}, "precision": {"dtype": "bf16"}}),
@@ -150,15 +150,9 @@ def test_an_fp16_run_goes_on_in_another_precision(changes, tmp_path):
     path = training.write_config(tmp_path)
     training.start(1, path, "train.stop_at=2")
     folder = find(tmp_path / "run")
-    config = json.loads((folder / "config.json").read_text())
-    config["precision"]["dtype"] = "fp16"
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    manifest = json.loads((folder / "checkpoint.json").read_text())
-    del manifest["xxh3"]
-    manifest["counters"]["loss_scaler"] = {"cur_scale": 8.0, "cur_iter": 2, "last_overflow_iter": 1, "cur_hysteresis": 2}
-    content = (folder / "config.json").read_bytes()
-    manifest["files"]["config.json"] = {"bytes": len(content), "xxh3": digest(content)}
-    (folder / "checkpoint.json").write_bytes(seal(manifest))
+    plant(folder, "config.json", lambda config: config["precision"].update(dtype="fp16"))
+    scale = {"cur_scale": 8.0, "cur_iter": 2, "last_overflow_iter": 1, "cur_hysteresis": 2}
+    plant(folder, "checkpoint.json", lambda manifest: manifest["counters"].update(loss_scaler=scale))
     (notes,) = dist.run(_notes, 1, str(path), [*changes, "train.stop_at=3"])
     assert f"changed: precision.dtype: stored 'fp16', now '{changes[0][-4:]}'" in notes
     assert "loss_scaler" not in read_manifest(find(tmp_path / "run"))["counters"]

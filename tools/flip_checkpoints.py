@@ -15,108 +15,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import torch
-
-from megalm.checkpoint import CheckpointError, DamagedError, Fragment, load, newest, save
-from megalm.checkpoint.disk import Disk
+from megalm.checkpoint import CheckpointError
 from megalm.checkpoint.format import CHECKPOINTS
 from megalm.tools._command import Parser, positive, run
-
-SHAPES = {"embedding.word.weight": (40, 16), "layers.0.mlp.up.weight": (24, 16), "final_norm.weight": (16,)}
-ROLES = ("master", "exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class OneRank:
-    """The process groups of a job of one rank."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def agree(self, problem: str | None) -> list[tuple[int, str]]:
-        return [(0, problem)] if problem else []
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-
-class Hasty(Disk):
-    """Doesn't wait for the disk."""
-
-    def sync(self, handle: int) -> None:
-        return
-
-
-@dataclass
-class Held:
-    """As much of an engine as a checkpoint needs: these values, cut into `pieces`."""
-
-    values: dict[tuple[str, str], torch.Tensor]
-    pieces: int = 1
-    step: int | None = 1
-    held: list[Fragment] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        for (part, role), full in self.values.items():
-            flat, count = full.view(-1), full.numel()
-            for piece in range(self.pieces):
-                start, stop = count * piece // self.pieces, count * (piece + 1) // self.pieces
-                at = None if role == "master" else self.step
-                fragment = Fragment(part, role, tuple(full.shape), None, 0, full.shape[0], start, flat[start:stop], step=at)
-                self.held.append(fragment)
-
-    def fragments(self) -> list[Fragment]:
-        return self.held
-
-    def counters(self) -> dict[str, Any]:
-        return {"optimizer_step": self.step}
-
-    def refresh(self, counters: dict[str, Any]) -> None:
-        self.step = counters["optimizer_step"]
-
-
-def values(seed: int) -> dict[tuple[str, str], torch.Tensor]:
-    """Every part in every role."""
-    generator = torch.Generator().manual_seed(seed)
-    return {(part, role): torch.randn(shape, generator=generator) for part, shape in SHAPES.items() for role in ROLES}
-
-
-def store(folder: Path, step: int, held: Held, disk: Disk | None = None, keep: int = 3) -> None:
-    """Save with one rank."""
-    rule = SimpleNamespace(keep=keep, keep_every=0, keep_best=0)
-    config = SimpleNamespace(checkpoint=rule, model_dump=lambda mode: {"model": {"hidden_size": 16}})
-    numbers = {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 1, "sequence_parallel": False, "padded_vocab_size": 40}
-    plan = SimpleNamespace(**numbers, to_dict=lambda: numbers)
-    save(folder, step, 8 * step, held, OneRank(), config, plan, disk=disk or Hasty())
-
-
-def resume(folder: Path) -> tuple[Held, list[str]]:
-    """What a run in `folder` goes on from, in another layout, and what it says of those it skips. Raises CheckpointError."""
-    target = Held({key: torch.full(tensor.shape, torch.nan) for key, tensor in values(0).items()}, pieces=3)
-    damaged: list[Path] = []
-    lines: list[str] = []
-    while True:
-        path = newest(folder / CHECKPOINTS, lines.append, damaged)
-        if path is None:
-            raise CheckpointError(f"{folder}: nothing to resume from")
-        try:
-            load(path, target, OneRank())
-            return target, lines
-        except DamagedError as error:
-            damaged.append(path)
-            lines.append(f"skipped {path.name}: {error}")
-
-
-def same(one: Held, other: Held) -> bool:
-    """Bit for bit, and at the same step."""
-    bits = [held.values[key].view(torch.int32) for held in (one, other) for key in one.values]
-    half = len(bits) // 2
-    return one.step == other.step and all(torch.equal(a, b) for a, b in zip(bits[:half], bits[half:], strict=True))
+from megalm.tools._trials import Held, resume, same, store, values
 
 
 def trials(folder: Path, count: int, seed: int = 0) -> list[str]:
@@ -124,7 +28,7 @@ def trials(folder: Path, count: int, seed: int = 0) -> list[str]:
     chance, run_folder = random.Random(seed), folder / "run"
     old, new = Held(values(1), step=1), Held(values(2), step=2)
     for held in (old, new):
-        store(run_folder, held.step or 0, held)
+        store(run_folder, held)
     newer = run_folder / CHECKPOINTS / "step_00000002"
     files = [*sorted(path for path in newer.iterdir() if path.is_file()), newer.parent / "latest"]
     wrong = []

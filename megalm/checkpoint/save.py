@@ -127,6 +127,11 @@ class Saver:
         self._snapshot = snapshot.Snapshot(self._writer.memory, device)
 
     @property
+    def writer_pid(self) -> int | None:
+        """The process that writes beside this rank; None where there is none."""
+        return self._writer.pid if self._writer is not None else None
+
+    @property
     def state(self) -> int:
         """DONE, BUSY or FAILED: this rank's own, for the ranks to find the highest of."""
         if self._phase is None or self._look() is None:

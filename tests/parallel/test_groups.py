@@ -176,7 +176,7 @@ def test_one_signal_is_polite_and_a_late_second_sigint_is_final():
     assert _signalled((signal.SIGINT, 0), (signal.SIGINT, 2.2)) == (130, False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_asks_for_a_stop_unless_it_is_ignored_from_the_start(number):
     assert _signalled((number, 0), answers=True) == (7, False)
     assert _signalled((number, 0), answers=True, ignored=(number,)) == (0, True)

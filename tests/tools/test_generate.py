@@ -20,7 +20,7 @@ from megalm.parallel.sharding import part_slices
 from megalm.plan import make_plan
 from megalm.tools.generate import Reading, Sampler, continuation, continue_ids, load_model, main
 from tests import training
-from tests.checkpoint.fakes import Crew, Hasty, engines
+from tests.checkpoint.fakes import Crew, Hasty, engines, plant
 
 GPT2 = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "seq_length": 24}
 LLAMA = {**GPT2, "num_query_groups": 2, "normalization": "rms_norm", "activation": "swiglu", "position_embedding": "rotary",
@@ -248,18 +248,15 @@ def test_mistakes_are_one_line(arguments, line, capsys, tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     folder, _ = checkpoint(tmp_path / "run", GPT2)
-    config = json.loads((folder / "config.json").read_text())
+    model = json.loads((folder / "config.json").read_text())["model"]
 
-    def plant(**changes):
-        (folder / "config.json").write_text(json.dumps({**config, "model": {**config["model"], **changes}}))
-        manifest = json.loads((folder / "checkpoint.json").read_text())
-        manifest["files"]["config.json"] = (folder / "config.json").stat().st_size
-        (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    def planted(**changes):
+        plant(folder, "config.json", lambda config: config.update(model={**model, **changes}))
         assert main(["--checkpoint", str(folder), "--prompt", "a"]) == 2
         return capsys.readouterr().err
 
-    assert "layers.2.attention.norm.weight isn't in the checkpoint" in plant(num_layers=3)
-    assert "embedding.position.weight is [24, 16] in the checkpoint, [48, 16] here" in plant(seq_length=48)
+    assert "layers.2.attention.norm.weight isn't in the checkpoint" in planted(num_layers=3)
+    assert "embedding.position.weight is [24, 16] in the checkpoint, [48, 16] here" in planted(seq_length=48)
 
 
 def test_the_end_of_a_document_ends_the_text():
