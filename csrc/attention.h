@@ -33,6 +33,7 @@ typedef struct {
   double scale, softcap, kept;  /* kept: what a kept probability is multiplied with, 1 / (1 - p) */
   uint32_t key0, key1, threshold;
   int32_t dtype;
+  int32_t portable;  /* not 0: the kernels for sm_80 and up even where Hopper's own serve */
 } megalm_attention_forward_params;
 MEGALM_OPERATION(attention_forward);
 
@@ -51,8 +52,10 @@ MEGALM_OPERATION(attention_delta);
  *
  *   grad_v = p^T grad_out        grad_k = g^T q        grad_q = g k
  *
- * Each gradient element is summed by one block in a fixed order: no atomics, the same bits every time, no s x s workspace. The price
- * is that scores are computed twice, once for the gradients of keys and values and once for that of the queries.
+ * By the portable path each gradient element is summed by one block in a fixed order: no atomics, the same bits every time, no
+ * workspace. The price is that scores are computed twice, once for the gradients of keys and values and once for that of the queries.
+ * Hopper's path computes them once: the blocks of keys add their shares of grad_q up in the workspace, in fp32, as they come, or, where
+ * the same bits are asked for, in turns. Nowhere is anything of s x s.
  */
 typedef struct {
   const void *q, *k, *v;  /* as in the forward pass */
@@ -60,6 +63,7 @@ typedef struct {
   const void *lse;        /* [batch, heads, queries] fp32 */
   const void *delta;      /* [batch, heads, queries] fp32 */
   const void *first, *last, *slopes, *samples;
+  void *workspace;        /* of as many bytes as megalm_attention_backward_workspace says, 16-byte aligned; null where it says 0 */
   void *grad_q;           /* [queries, batch, heads, head_dim] by strides */
   void *grad_k;           /* [keys, batch, groups, head_dim] by strides */
   void *grad_v;           /* [keys, batch, groups, value_dim] by strides */
@@ -70,5 +74,8 @@ typedef struct {
   double scale, softcap, kept;
   uint32_t key0, key1, threshold;
   int32_t dtype;
+  int32_t portable;
+  int32_t deterministic;  /* not 0: the same bits every time */
 } megalm_attention_backward_params;
 MEGALM_OPERATION(attention_backward);
+MEGALM_C int64_t megalm_attention_backward_workspace(const megalm_attention_backward_params *params);

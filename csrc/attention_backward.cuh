@@ -4,17 +4,11 @@
 // goes through tiles of the other side, with the next tile on its way. A warp has 16 of the block's rows: scores and their gradients
 // stay in its registers, where an accumulator is already the left operand of the next product.
 #pragma once
-#include "attention_common.cuh"
+#include "attention_gradient.cuh"
 
 namespace attention {
 
 constexpr int BACKWARD_WARPS = 4, BACKWARD_THREADS = BACKWARD_WARPS * WARP, OWN = BACKWARD_WARPS * 16;
-
-// What a tile of TILE queries brings along, in shared memory.
-template <int TILE> struct QueryFacts {
-  float lse[TILE], delta[TILE];  // lse in units of log2 e
-  int begin[TILE], end[TILE];
-};
 
 struct Sides {
   Visible visible;
@@ -76,17 +70,6 @@ __device__ __forceinline__ void differentiate(float (&products)[1][TILE / 8][4],
       grads[0][n][i] = p == 0.0f ? 0.0f : p * (grads[0][n][i] - query_delta) * slope;
     }
   if (sides.dropped.on) drop<TILE / 8>(products[0], bits, sides.dropped.kept);
-}
-
-// The first query in [0, queries) that passes a test which holds from some query on; `queries` if none does.
-template <typename Test> __device__ __forceinline__ int first_that(int queries, Test test) {
-  int low = 0, high = queries;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (test(middle)) high = middle;
-    else low = middle + 1;
-  }
-  return low;
 }
 
 template <typename T, int D, int E, int TILE> struct BackwardShared {

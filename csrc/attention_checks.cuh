@@ -2,7 +2,7 @@
 #pragma once
 #include <initializer_list>
 
-#include "attention.h"
+#include "attention_instances.h"
 #include "common/common.cuh"
 
 namespace attention {
@@ -28,6 +28,16 @@ template <typename Params> bool inputs_fit(const Params &p) {
   return sizes_fit(p) && pointers_fit({p.q, p.k, p.v}) &&
          strides_fit({p.q_row, p.q_batch, p.q_head, p.k_row, p.k_batch, p.k_head, p.v_row, p.v_batch, p.v_head, p.out_row, p.out_batch,
                       p.out_head});
+}
+
+inline bool copies(int64_t size, int64_t stride) { return size == 1 || (stride > 0 && stride < int64_t(1) << 39); }
+
+// Whether Hopper's own instructions serve a call, and not the portable path: the device has them and the library has code for it,
+// nobody asks for the other, no probability is dropped, and the copy engine can address what is read.
+template <typename Params> bool takes_hopper(const Params &p) {
+  return !p.portable && p.samples == nullptr && copies(p.queries, p.q_row) && copies(p.batch, p.q_batch) && copies(p.heads, p.q_head) &&
+         copies(p.keys, p.k_row) && copies(p.batch, p.k_batch) && copies(p.groups, p.k_head) && copies(p.keys, p.v_row) &&
+         copies(p.batch, p.v_batch) && copies(p.groups, p.v_head) && attention_hopper_here();
 }
 
 }  // namespace attention

@@ -1,4 +1,4 @@
-"""Write the attention kernels' instances, one file per head dim and direction, so that they compile in parallel.
+"""Write the attention kernels' instances, one file per head dim, direction and path, so that they compile in parallel.
 
     python -m megalm.tools.generate_attention          # after a change of the table below
 
@@ -15,8 +15,12 @@ from megalm.tools.build_kernels import CSRC
 
 @dataclass(frozen=True)
 class Shape:
-    """Tiles of one head dim: `sets` of 16 queries a warp and `keys` a tile forward; `tile` rows of the other side backward;
-    `split`: the gradients of keys and values one after the other, where a thread's 255 registers don't hold both sums."""
+    """Tiles of one head dim.
+
+    The portable path: `sets` of 16 queries a warp and `keys` a tile forward; `tile` rows of the other side backward; `split`: the
+    gradients of keys and values one after the other, where a thread's 255 registers don't hold both sums.
+    Hopper's: `consumers` warpgroups of 64 queries and `hopper_keys` a tile forward; `queries` a tile backward, None: no kernel.
+    """
 
     head_dim: int
     value_dim: int
@@ -24,24 +28,32 @@ class Shape:
     keys: int
     tile: int
     split: bool = False
+    consumers: int = 2
+    hopper_keys: int = 128
+    queries: int | None = None
 
 
 SHAPES = (
-    Shape(64, 64, sets=2, keys=64, tile=64),
+    Shape(64, 64, sets=2, keys=64, tile=64, consumers=3, queries=128),
     Shape(80, 80, sets=2, keys=64, tile=64),
     Shape(96, 96, sets=2, keys=64, tile=64),
-    Shape(128, 128, sets=2, keys=64, tile=64),
+    Shape(128, 128, sets=2, keys=64, tile=64, queries=64),
     Shape(192, 128, sets=2, keys=64, tile=32),
-    Shape(256, 256, sets=1, keys=64, tile=32, split=True),
+    Shape(256, 256, sets=1, keys=64, tile=32, split=True, hopper_keys=64),
 )
 
 _FILE = """// Made by tools/generate_attention.py.
-#include "attention_{direction}.cuh"
+#include "attention_{name}.cuh"
 #include "attention_instances.h"
 
-int attention_{direction}_{d}_{e}(const megalm_attention_{direction}_params &params, megalm_stream stream) {{
-  return params.dtype == MEGALM_BF16 ? attention::launch_{direction}<bf16, {d}, {e}, {rest}>(params, stream)
-                                     : attention::launch_{direction}<f16, {d}, {e}, {rest}>(params, stream);
+int attention_{name}_{d}_{e}(const megalm_attention_{direction}_params &params, megalm_stream stream) {{
+  return params.dtype == MEGALM_BF16 ? attention::launch_{name}<bf16, {rest}>(params, stream)
+                                     : attention::launch_{name}<f16, {rest}>(params, stream);
+}}
+"""
+_WORKSPACE = """
+int64_t attention_hopper_workspace_{d}_{e}(const megalm_attention_backward_params &params) {{
+  return attention::Sums::make(params, {queries}).bytes();
 }}
 """
 
@@ -50,10 +62,17 @@ def files() -> dict[str, str]:
     """{name in csrc/: content} of every instance."""
     made = {}
     for shape in SHAPES:
-        tiles = {"forward": f"{shape.sets}, {shape.keys}", "backward": f"{shape.tile}, {str(shape.split).lower()}"}
-        for direction, rest in tiles.items():
-            made[f"attention_{direction}_d{shape.head_dim}.cu"] = _FILE.format(direction=direction, d=shape.head_dim,
-                                                                                e=shape.value_dim, rest=rest)
+        d, e = shape.head_dim, shape.value_dim
+        rest = {"forward": f"{d}, {e}, {shape.sets}, {shape.keys}",
+                "backward": f"{d}, {e}, {shape.tile}, {str(shape.split).lower()}",
+                "hopper_forward": f"{d}, {e}, {shape.consumers}, {shape.hopper_keys}"}
+        if shape.queries is not None:
+            rest["hopper_backward"] = f"{d}, {shape.queries}"
+        for name, arguments in rest.items():
+            text = _FILE.format(name=name, direction=name.removeprefix("hopper_"), d=d, e=e, rest=arguments)
+            if name == "hopper_backward":
+                text += _WORKSPACE.format(d=d, e=e, queries=shape.queries)
+            made[f"attention_{name}_d{d}.cu"] = text
     return made
 
 

@@ -130,6 +130,15 @@ inline int processors() {
   return count > 0 ? count : 1;
 }
 
+// Whether the current device is of compute capability `major`.0.
+inline bool is_capability(int major) {
+  int device = 0, found = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  cudaDeviceGetAttribute(&found, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return found == major && minor == 0;
+}
+
 // Blocks of `kernel` that fill the device once: what a grid of blocks that loop over the rows should have at most.
 template <typename Kernel> inline int64_t resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
   int each = 0;

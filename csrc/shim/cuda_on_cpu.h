@@ -29,9 +29,10 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = megalm_stream;
+struct cudaFuncAttributes { int ptxVersion; };
 
 namespace shim {
 constexpr size_t MAX_SHARED = 227 * 1024;
@@ -90,12 +91,17 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 
 inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) { *value = shim::PROCESSORS; return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrMultiProcessorCount ? shim::PROCESSORS : which == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) { std::memset(to, value, bytes); return cudaSuccess; }
 template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Kernel, int, size_t) {
   *blocks = shim::BLOCKS_EACH;
   return cudaSuccess;
 }
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) { return cudaSuccess; }
+template <class Kernel> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *found, Kernel) { *found = {90}; return cudaSuccess; }
 inline cudaError_t cudaGetLastError() {
   const cudaError_t error = shim::pending();
   shim::pending() = cudaSuccess;

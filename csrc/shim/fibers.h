@@ -11,6 +11,7 @@
 #include <deque>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 #if !defined(__x86_64__)
@@ -29,7 +30,7 @@ namespace shim {
 
 constexpr size_t STACK_BYTES = 96 * 1024;
 constexpr int LANES = 32, SLOT_BYTES = 32;
-enum class Wait { none, block, warp, never };
+enum class Wait { none, block, warp, named, phase, matrix, never };  // named, phase, matrix: shim/hopper.h
 
 struct Warp {
   uint32_t present = 0, arrived = 0, mask = 0;
@@ -56,7 +57,7 @@ struct Fiber {
   Block *block = nullptr;
   Wait wait = Wait::none;
   bool done = false;
-  int parity = 0;
+  int parity = 0, named = 0;  // named: the number of the barrier that it waits at
   std::vector<Copy> copies;               // started, in no group yet
   std::deque<std::vector<Copy>> groups;   // not waited for yet
 #if defined(__x86_64__)
@@ -78,6 +79,9 @@ struct Block {
   const void *body = nullptr;
   void (*run)(const void *) = nullptr;
   std::string error;
+  std::shared_ptr<void> background;       // what shim/hopper.h keeps of a block
+  bool (*progress)(Block &) = nullptr;     // where no thread can go on: whether something in the background came about
+  std::string (*finish)(Block &) = nullptr;  // what is wrong once all threads have left
 #if defined(__x86_64__)
   void *scheduler = nullptr;
 #else
@@ -91,6 +95,7 @@ struct State {
   // 0: threads and blocks ascending, 1: descending, else the seed of a random order. In an even one the threads take turns; in an
   // odd one a warp runs as far ahead as it can.
   unsigned order = 0;
+  bool scheduling = false;  // no fiber runs
   std::unique_ptr<unsigned char[]> stacks;
   size_t stacks_bytes = 0;
 };
@@ -142,6 +147,7 @@ inline void prepare(Fiber &f, unsigned char *stack) {
 
 // The calling fiber's block is given up; the fiber never runs again.
 [[noreturn]] inline void fail(const std::string &why) {
+  if (state().scheduling) throw std::runtime_error(why);
   Fiber &f = self();
   if (f.block->error.empty()) f.block->error = why;
   f.wait = Wait::never;
@@ -221,6 +227,19 @@ inline bool take_turns(Block &b, const int64_t *first, const int64_t *last) {
   return moved;
 }
 
+inline bool progress(Block &b) {
+  if (b.progress == nullptr) return false;
+  state().scheduling = true;
+  bool moved = false;
+  try {
+    moved = b.progress(b);
+  } catch (const std::runtime_error &error) {
+    b.error = error.what();
+  }
+  state().scheduling = false;
+  return moved;
+}
+
 inline void run_block(Block &b) {
   std::vector<int64_t> order = ordered(int64_t(b.fibers.size()), state().order);
   const bool ahead = state().order % 2 == 1;
@@ -237,8 +256,9 @@ inline void run_block(Block &b) {
         moved = true;
       } while (ahead);
     }
-    if (!release(b) && !moved) b.error = "deadlock: some threads of a block wait where the others never come";
+    if (!release(b) && !moved && !progress(b) && b.error.empty()) b.error = "deadlock: some threads of a block wait where the others never come";
   }
+  if (b.error.empty() && b.finish != nullptr) b.error = b.finish(b);
 }
 
 inline void make_fibers(Block &b) {

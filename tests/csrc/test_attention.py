@@ -33,7 +33,7 @@ def test_instances_are_those_of_the_table():
 
 def test_registration(shim):
     q, k, v = (x.detach() for x in tensors())
-    rules = (None, None, -1, 0, 0.125, 0.0, None, 0.0, 0, torch.tensor(0), torch.tensor(0), 0, 0)
+    rules = (None, None, -1, 0, 0.125, 0.0, None, 0.0, 0, torch.tensor(0), torch.tensor(0), 0, 0, False)
     torch.library.opcheck(attention_forward, (q, k, v, None, None, None, *rules[1:]))
     out, lse = attention_forward(q, k, v, None, None, None, *rules[1:])
     torch.library.opcheck(attention_backward, (out, lse, q, k, v, out, lse, None, None, *rules[1:]))

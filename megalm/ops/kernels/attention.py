@@ -1,9 +1,15 @@
-"""Attention by csrc/attention_*.cu: no s x s buffer, the same bits every time.
+"""Attention by csrc/attention_*.cu: no s x s buffer.
+
+The same bits every time, but for the gradient of the queries on Hopper, which is summed in no fixed order unless
+torch.use_deterministic_algorithms asks for one.
 
 Memory: the backward pass keeps q, k, v, the output and one fp32 number a query and head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,16 +26,29 @@ _STRIDES = " ".join(f"{tensor}_{dim}" for tensor in ("q", "k", "v", "out") for d
 _GRAD_STRIDES = " ".join(f"grad_{tensor}_{dim}" for tensor in "qkv" for dim in ("row", "batch", "head"))
 _FORWARD = Operation("attention_forward", pointers="q k v first last slopes sinks samples out lse",
                      int64=f"{_SIZES} {_STRIDES} left right head_first", float64="scale softcap kept",
-                     uint32="key0 key1 threshold")
+                     uint32="key0 key1 threshold", int32="dtype portable")
 _DELTA = Operation("attention_delta", pointers="out grad_out delta",
                    int64="batch heads queries value_dim out_row out_batch out_head grad_row grad_batch grad_head")
 _BACKWARD = Operation("attention_backward",
-                      pointers="q k v grad_out lse delta first last slopes samples grad_q grad_k grad_v",
+                      pointers="q k v grad_out lse delta first last slopes samples workspace grad_q grad_k grad_v",
                       int64=f"{_SIZES} {_STRIDES} {_GRAD_STRIDES} left right head_first", float64="scale softcap kept",
-                      uint32="key0 key1 threshold")
-_DROPOUT = "Tensor? samples, float dropout, int seed, Tensor step, Tensor layer, int op, int head_first"
+                      uint32="key0 key1 threshold", int32="dtype portable deterministic")
+_DROPOUT = "Tensor? samples, float dropout, int seed, Tensor step, Tensor layer, int op, int head_first, bool portable"
 _RULES = ("Tensor? first, Tensor? last, Tensor? slopes, Tensor? sinks, int left, int right, float scale, float softcap, "
           f"{_DROPOUT}")
+
+
+_portable: list[None] = []
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """Inside, the kernels for sm_80 and up serve even where Hopper's own would: to compare them."""
+    _portable.append(None)
+    try:
+        yield
+    finally:
+        _portable.pop()
 
 
 def fitting(x: Tensor) -> Tensor:
@@ -47,7 +66,8 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
                 value_dim=v.shape[3])
 
 
-def _rules(q: Tensor, first, last, slopes, left, right, scale, softcap, samples, dropout, seed, step, layer, op, head_first):
+def _rules(q: Tensor, first, last, slopes, left, right, scale, softcap, samples, dropout, seed, step, layer, op, head_first,
+           portable):
     """The params that forward and backward share, as numbers and contiguous tensors."""
     words = dropout_words(DropoutKey(seed, int(step), int(layer), op)) if samples is not None else (0, 0)
     for name, tensor, dtype in (("first", first, torch.int32), ("last", last, torch.int32), ("slopes", slopes, torch.float32),
@@ -56,7 +76,8 @@ def _rules(q: Tensor, first, last, slopes, left, right, scale, softcap, samples,
             raise ValueError(f"attention {name} is {tensor.dtype} on {tensor.device}; it must be {dtype} on {q.device}")
     first, last, slopes, samples = (None if t is None else t.contiguous() for t in (first, last, slopes, samples))
     return dict(first=first, last=last, slopes=slopes, samples=samples, left=left, right=right, scale=scale, softcap=softcap,
-                head_first=head_first, kept=1.0 / (1.0 - dropout), key0=words[0], key1=words[1], threshold=threshold(dropout))
+                head_first=head_first, kept=1.0 / (1.0 - dropout), key0=words[0], key1=words[1], threshold=threshold(dropout),
+                portable=portable)
 
 
 def _empty_forward(q, k, v, *rules):
@@ -64,7 +85,7 @@ def _empty_forward(q, k, v, *rules):
 
 
 def _forward(q, k, v, first, last, slopes, sinks, left, right, scale, softcap, samples, dropout, seed, step, layer, op,
-             head_first):
+             head_first, portable):
     check_dtypes(q, k=k, v=v)
     out, lse = _empty_forward(q, k, v)
     if out.numel() == 0 or k.shape[0] == 0:
@@ -73,7 +94,8 @@ def _forward(q, k, v, first, last, slopes, sinks, left, right, scale, softcap, s
             lse.copy_(sinks[None, :, None].expand_as(lse))
         return out.zero_(), lse
     q, k, v = (fitting(x) for x in (q, k, v))
-    rules = _rules(q, first, last, slopes, left, right, scale, softcap, samples, dropout, seed, step, layer, op, head_first)
+    rules = _rules(q, first, last, slopes, left, right, scale, softcap, samples, dropout, seed, step, layer, op, head_first,
+                   portable)
     if sinks is not None and sinks.device != q.device:
         raise ValueError(f"attention sinks are on {sinks.device}; they must be on {q.device}")
     sinks = None if sinks is None else sinks.float().contiguous()
@@ -88,7 +110,7 @@ def _empty_backward(grad_out, grad_lse, q, k, v, out, lse, *rules):
 
 
 def _backward(grad_out, grad_lse, q, k, v, out, lse, first, last, slopes, left, right, scale, softcap, samples, dropout, seed,
-              step, layer, op, head_first):
+              step, layer, op, head_first, portable):
     grad_q, grad_k, grad_v, delta = _empty_backward(grad_out, grad_lse, q, k, v, out, lse)
     if out.numel() == 0 or k.shape[0] == 0:
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), delta.zero_()
@@ -100,11 +122,15 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, first, last, slopes, left, 
     # A score's gradient is p (dp - delta + grad_lse): lse is a function of the scores with slope p.
     if grad_lse is not None:
         delta -= grad_lse
-    rules = _rules(q, first, last, slopes, left, right, scale, softcap, samples, dropout, seed, step, layer, op, head_first)
+    rules = _rules(q, first, last, slopes, left, right, scale, softcap, samples, dropout, seed, step, layer, op, head_first,
+                   portable)
     strided = dict(q=q, k=k, v=v, out=grad_out, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
     placed = {name: stride for prefix, tensor in strided.items() for name, stride in strides(prefix, tensor).items()}
-    _BACKWARD(q.device, q=q, k=k, v=v, grad_out=grad_out, lse=lse, delta=delta, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
-              **sizes, **placed, **rules, dtype=dtype_code(q))
+    params = dict(q=q, k=k, v=v, grad_out=grad_out, lse=lse, delta=delta, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
+                  **sizes, **placed, **rules, dtype=dtype_code(q), deterministic=torch.are_deterministic_algorithms_enabled())
+    size = _BACKWARD.count("workspace", q.device, workspace=None, **params)
+    workspace = q.new_empty(size, dtype=torch.uint8) if size else None
+    _BACKWARD(q.device, workspace=workspace, **params)
     return grad_q, grad_k, grad_v, delta
 
 
@@ -145,4 +171,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rules) -> tuple[Tensor, Tensor]:
     key = rules.key if rules.samples is not None else DropoutKey(0, 0, 0, 0)
     return _Attention.apply(q, k, v, rules.first, rules.last, rules.slopes, rules.sinks, rules.left, rules.right, rules.scale,
                             rules.softcap, rules.samples, rules.dropout, key.seed, torch.as_tensor(key.step),
-                            torch.as_tensor(key.layer), key.op, rules.heads[0])
+                            torch.as_tensor(key.layer), key.op, rules.heads[0], bool(_portable))

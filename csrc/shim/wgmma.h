@@ -1,0 +1,185 @@
+// Bodies of common/wgmma.cuh for the CPU. An instruction belongs to the 128 threads of a warpgroup, who must all issue the same. It
+// reads shared memory through its descriptors and writes its accumulator when it is waited for: with what is there then (order % 4 is
+// not 3: after everybody else has done what they can), or with what was there when it was issued (3). Until then the accumulator is NaN.
+#pragma once
+#include "common/hopper.cuh"
+
+namespace shim {
+
+constexpr int GROUP = 128, ROWS = 64, DEPTH = 16;
+
+// One instruction of a warpgroup.
+struct Product {
+  int columns;
+  bool add, a_shared, is_bf16, a_across, b_across;
+  uint64_t a, b;
+  const uint32_t *registers[GROUP] = {};  // of the left operand, by thread
+  int issued = 0;
+  std::vector<float> left, right;  // [64][16], [columns][16], once they are read
+  bool same(const Product &other) const {
+    return columns == other.columns && add == other.add && a_shared == other.a_shared && a_across == other.a_across &&
+           b_across == other.b_across && (!a_shared || a == other.a) && b == other.b;
+  }
+};
+
+struct Issued { std::shared_ptr<Product> product; float *to; };
+struct Sum { std::vector<float> values; int under_way = 0; };
+
+// Of a thread.
+struct Thread {
+  size_t count = 0;  // instructions so far
+  bool fenced = false;
+  std::vector<Issued> open;
+  std::deque<std::vector<Issued>> groups;
+  std::map<float *, Sum> sums;
+  size_t leave = 0;  // groups that may be under way when it goes on
+};
+
+struct Matrices {
+  std::map<int, std::vector<std::shared_ptr<Product>>> products;  // by warpgroup
+  std::vector<Thread> threads;
+};
+
+inline int number_of(const Fiber &f) { return int(&f - f.block->fibers.data()); }
+inline bool reads_at_once() { return state().order % 4 == 3; }
+
+inline float value_at(uint32_t offset, bool is_bf16) {
+  check_units(shared_at(offset), 2, "a matrix instruction");
+  uint16_t bits;
+  std::memcpy(&bits, shared_at(offset), 2);
+  return is_bf16 ? float_of(uint32_t(bits) << 16) : from_f16(bits);
+}
+
+// An operand [count][16] (its own rows or columns first) through its descriptor: PTX ISA, canonical layouts of the 128-byte swizzle.
+inline std::vector<float> read_operand(uint64_t descriptor, int count, bool across, bool is_bf16) {
+  const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, leading = uint32_t(descriptor >> 16 & 0x3fff) << 4;
+  const uint32_t stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1) fail("a descriptor without the 128-byte swizzle");
+  if ((start >> 7 & 7) != 0) fail("a descriptor that starts within eight rows");
+  std::vector<float> values(count * DEPTH);
+  for (int i = 0; i < count; i++)
+    for (int k = 0; k < DEPTH; k++) {
+      const uint32_t along = i % 8 * 128 + i / 8 * stride + k * 2, over = i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride;
+      values[i * DEPTH + k] = value_at(swizzled(start + (across ? over : along)), is_bf16);
+    }
+  return values;
+}
+
+inline void read_shared(Product &p) {
+  if (!p.right.empty()) return;
+  p.right = read_operand(p.b, p.columns, p.b_across, p.is_bf16);
+  if (p.a_shared) p.left = read_operand(p.a, ROWS, p.a_across, p.is_bf16);
+}
+
+// The left operand in all threads' registers: the fragment is that of "wgmma.mma_async.m64nNk16".
+inline void read_registers(Product &p) {
+  if (!p.left.empty()) return;
+  p.left.resize(ROWS * DEPTH);
+  for (int thread = 0; thread < GROUP; thread++)
+    for (int i = 0; i < 4; i++)
+      for (int bit = 0; bit < 2; bit++) {
+        const int row = thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, k = thread % 4 * 2 + bit + i / 2 * 8;
+        const uint16_t bits = uint16_t(p.registers[thread][i] >> 16 * bit);
+        p.left[row * DEPTH + k] = p.is_bf16 ? float_of(uint32_t(bits) << 16) : from_f16(bits);
+      }
+}
+
+// This thread's part of a product, onto its sum; the accumulator gets it once no instruction on it is under way.
+inline void finish_product(Fiber &f, Thread &thread, const Issued &issued) {
+  Product &p = *issued.product;
+  if (p.issued != GROUP) fail("the threads of a warpgroup don't all issue a matrix instruction");
+  read_shared(p);
+  read_registers(p);
+  const int number = number_of(f) % GROUP, first = number / 32 * 16 + number % 32 / 4, t = number % 4;
+  Sum &sum = thread.sums[issued.to];
+  for (int n = 0; n < p.columns / 8; n++)
+    for (int i = 0; i < 4; i++) {
+      const float *const a = &p.left[(first + i / 2 * 8) * DEPTH], *const b = &p.right[(n * 8 + t * 2 + i % 2) * DEPTH];
+      float value = p.add ? sum.values[n * 4 + i] : 0.0f;
+      for (int k = 0; k < DEPTH; k++) value += a[k] * b[k];
+      sum.values[n * 4 + i] = value;
+    }
+  if (--sum.under_way > 0) return;
+  std::memcpy(issued.to, sum.values.data(), sum.values.size() * sizeof(float));
+  thread.sums.erase(issued.to);
+}
+
+inline bool finish_matrices(Block &b) {
+  Matrices &all = *static_cast<Matrices *>(static_cast<Background *>(b.background.get())->matrices.get());
+  std::vector<Fiber *> waiting;
+  for (Fiber &f : b.fibers)
+    if (f.wait == Wait::matrix) waiting.push_back(&f);
+  for (Fiber *f : waiting) {
+    Thread &thread = all.threads[number_of(*f)];
+    for (; thread.groups.size() > thread.leave; thread.groups.pop_front())
+      for (const Issued &issued : thread.groups.front()) finish_product(*f, thread, issued);
+  }
+  for (Fiber *f : waiting) f->wait = Wait::none;
+  return !waiting.empty();
+}
+
+inline std::string matrices_left(Block &b) {
+  for (const Thread &thread : static_cast<Matrices *>(static_cast<Background *>(b.background.get())->matrices.get())->threads)
+    if (!thread.open.empty() || !thread.groups.empty()) return "a matrix instruction was never waited for";
+  return "";
+}
+
+inline Matrices &matrices() {
+  Background &here = background();
+  if (!here.matrices) {
+    const auto made = std::make_shared<Matrices>();
+    made->threads.resize(self().block->fibers.size());
+    here.matrices = made;
+    here.finish_matrices = finish_matrices;
+    here.matrices_left = matrices_left;
+  }
+  return *static_cast<Matrices *>(here.matrices.get());
+}
+inline Thread &this_thread() { return matrices().threads[number_of(self())]; }
+
+inline void issue(const Product &wanted, float *to, const uint32_t *registers) {
+  const int number = number_of(self());
+  Thread &thread = this_thread();
+  if (!thread.fenced) fail("a matrix instruction without a fence since the last wait");
+  auto &products = matrices().products[number / GROUP];
+  if (products.size() == thread.count) products.push_back(std::make_shared<Product>(wanted));
+  const auto product = products[thread.count++];
+  if (!product->same(wanted)) fail("the threads of a warpgroup disagree on a matrix instruction");
+  product->registers[number % GROUP] = registers;
+  product->issued++;
+  Sum &sum = thread.sums[to];
+  if (sum.under_way++ == 0) sum.values.assign(to, to + wanted.columns / 2);
+  std::fill(to, to + wanted.columns / 2, float_of(0x7fc00000));
+  thread.open.push_back({product, to});
+  if (reads_at_once()) read_shared(*product);
+}
+
+}  // namespace shim
+
+inline void matrix_fence() { shim::this_thread().fenced = true; }
+inline void matrix_commit() {
+  shim::Thread &thread = shim::this_thread();
+  thread.groups.push_back(std::move(thread.open));
+  thread.open.clear();
+}
+template <int N> void matrix_wait() {
+  shim::Thread &thread = shim::this_thread();
+  thread.fenced = false;
+  thread.leave = N;
+  if (thread.groups.size() <= N) return;
+  shim::self().wait = shim::Wait::matrix;
+  while (shim::self().wait != shim::Wait::none) shim::pause();
+}
+template <int TILES> void matrix_settle(float (&d)[TILES][4]) {
+  if (shim::this_thread().sums.count(&d[0][0])) shim::fail("an accumulator is used that a matrix instruction still writes");
+}
+
+template <typename T, int N> struct Multiply {
+  static constexpr bool IS_BF16 = std::is_same<T, bf16>::value;
+  template <bool ADD, Order A, Order B> static void shared(float (&d)[N / 8][4], uint64_t a, uint64_t b) {
+    shim::issue({N, ADD, true, IS_BF16, A == Order::across, B == Order::across, a, b}, &d[0][0], nullptr);
+  }
+  template <bool ADD, Order B> static void registers(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b) {
+    shim::issue({N, ADD, false, IS_BF16, false, B == Order::across, 0, b}, &d[0][0], a);
+  }
+};
