@@ -20,6 +20,7 @@ from megalm.tools import build_kernels
 from megalm.tools.gpu.supervise import command
 
 BROKEN = 3  # exit code: the GPU is in error, a new process has to go on
+ASKED_SHAPES = 3  # of tools/bench_attention.py, which come first
 MANY, DRAWS = 1 << 20, 10  # elements whose largest error is no luck; draws that decide about fewer
 TARGETS = {(9, 0): "sm_90a", (10, 0): "sm_100a"}  # by compute capability; sm_80's PTX serves all others
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "apex", "liger_kernel", "flash_attn", "numpy", "pydantic")
@@ -180,7 +181,7 @@ def cases(settings: Settings) -> list[Item]:
 
 
 def _case(settings: Settings, case: Any) -> dict[str, Any]:
-    """Errors by dtype, the largest over torch's, and whether a second run gives the same bits."""
+    """Errors by dtype, the largest over torch's, and whether a second run gives the same bits, in a fixed order of sums."""
     found: dict[str, Any] = {"errors": {}, "ratio": 0.0}
     for dtype in case.dtypes[:1] if settings.dry_run else case.dtypes:
         name = str(dtype).removeprefix("torch.")
@@ -229,10 +230,12 @@ def _drawn(settings: Settings, draw: int, run: Callable[[], Any]) -> Any:
 def _repeats(case: Any, dtype: Any, device: str) -> bool:
     import torch
 
+    from megalm.tools.bench_attention import in_order
     from megalm.tools.kernel_cases.accuracy import outputs
 
     tensors, grads = case.inputs(), None if case.grads is None else case.grads()
-    first, second = (outputs(partial(case.run, backend="megalm"), tensors, dtype, device, grads) for _ in range(2))
+    with in_order():
+        first, second = (outputs(partial(case.run, backend="megalm"), tensors, dtype, device, grads) for _ in range(2))
     return all(torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0)) for a, b in zip(first, second, strict=True))
 
 
@@ -240,7 +243,9 @@ def _repeats(case: Any, dtype: Any, device: str) -> bool:
 
 
 def bench(settings: Settings) -> list[Item]:
-    """The tables first, then megalm's kernels against torch.compile, which takes long to compile, then the cases."""
+    """The tables first, with the attention kernels that targets are asked of, then megalm's kernels against torch.compile, which
+    takes long to compile, then the rest."""
+    from megalm.tools import bench_attention
     from megalm.tools.bench_ops import Bench
     from megalm.tools.bench_orders import COMPILED
     from megalm.tools.bench_workloads import operations, workloads
@@ -250,10 +255,13 @@ def bench(settings: Settings) -> list[Item]:
     found = workloads(made.size)
     duels = in_turn([[workload for workload in found if workload.op == op and workload.duel] for op in operations()])
     duels = duels[:1] if settings.dry_run else duels
+    kernels = [Item(f"{shape.name} by kernel", partial(bench_attention.race, shape, made.device, made.ceilings["matmul"], made.quick))
+               for shape in ([bench_attention.TINY] if settings.dry_run else bench_attention.shapes())]
     return [Item("ceilings", made.facts),
             *(Item(workload.name, partial(made.race, workload)) for workload in found if workload.own),
+            *kernels[:ASKED_SHAPES],
             *(Item(f"{workload.name} against {COMPILED}", partial(made.race, workload, True, ("megalm",))) for workload in duels),
-            *(Item(workload.name, partial(made.race, workload)) for workload in found if not workload.own)]
+            *(Item(workload.name, partial(made.race, workload)) for workload in found if not workload.own), *kernels[ASKED_SHAPES:]]
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def case(name: str, s: int, s_k: int, batch: int, heads: int, groups: int, dims:
     return Case(f"{op} {name}", inputs, run, grads if backward else None, plain=plain, dtypes=HALVES)
 
 
-hopper = partial(case, path=nullcontext, op="hopper")
+hopper = partial(case, path=nullcontext, op="attention hopper")
 """A case of the path that a Hopper GPU takes."""
 
 

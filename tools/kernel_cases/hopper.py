@@ -17,7 +17,7 @@ def small() -> list[Case]:
         # The gradient of a score that has no other beside it is 0 by a difference of two sums, whose rounding is not torch's.
         _case("s1", 1, 1, 1, 1, 1, backward=False),
         _case("s1 of many", 1, 65, 1, 1, 1),
-        packed(64, nullcontext, "hopper"),
+        packed(64, nullcontext, "attention hopper"),
         _case("s520", 520, 520, 1, 1, 1),
         _case("s330 d128", 330, 330, 1, 2, 1, (128, 128)),
         _case("full s290 d128", 290, 400, 1, 1, 1, (128, 128), options=fixed(causal=False)),
