@@ -166,7 +166,7 @@ def race(shape: Shape, device: str, matmul: float, quick: bool = False) -> dict[
 
 
 def verdicts(seconds: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
-    """What is asked and whether it was met; a peer that could not run asks nothing, one of ours that could not has met nothing."""
+    """What is asked and whether it was met; a peer that could not run asks nothing, one of ours that could not met nothing."""
     for ours, peer, phase, least in ASKED:
         if peer in seconds:
             got = seconds[peer][phase] / seconds[ours][phase] if ours in seconds else 0.0
@@ -200,8 +200,8 @@ def bench(arguments: argparse.Namespace) -> int:
         records.append(race(shape, device, matmul, bool(arguments.shim)))
         print("\n".join(lines(records[-1])), flush=True)
         if arguments.figures:
-            facts = {"device": name, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "ceilings": {"matmul": matmul}}
-            arguments.figures.write_text(json.dumps({**facts, "workloads": records}, indent=1) + "\n")
+            facts = {"device": name, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "workloads": records}
+            arguments.figures.write_text(json.dumps({**facts, "ceilings": {"matmul": matmul}}, indent=1) + "\n")
     return 0 if all(target["met"] for record in records for target in record["targets"]) else 1
 
 

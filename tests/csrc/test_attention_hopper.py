@@ -100,7 +100,9 @@ __global__ void wrong(int mistake) {
   if (threadIdx.x == 0) barrier_start(barrier, 2);
   barriers_started();
   __syncthreads();
-  const auto multiply = [&](const unsigned char *tile) { Multiply<bf16, 64>::registers<false, Order::across>(d, a, across(tile, 1024)); };
+  const auto multiply = [&](const unsigned char *tile) {
+    Multiply<bf16, 64>::registers<false, Order::across>(d, a, across(tile, 1024));
+  };
   switch (mistake) {
 BODIES
   }
@@ -124,10 +126,10 @@ MISTAKES = (
     ("matrix_fence(); multiply(shared + 1024 + threadIdx.x / 32 * 1024);", "disagree on a matrix instruction"),
     ("matrix_fence(); multiply(shared + 1024 + 128); matrix_commit(); matrix_wait<0>();", "within eight rows"),
     ("matrix_fence(); multiply(shared + 8192 - 1024); matrix_commit(); matrix_wait<0>();", "beyond shared memory"),
-    ("if (threadIdx.x == 0) store_operand(shared + 1024, 0); __syncthreads(); matrix_fence(); multiply(shared + 1024); matrix_commit(); "
-     "matrix_wait<0>();", "no fence_async covers"),
-    ("if (threadIdx.x == 0) store_operand(shared + 1024, 0); fence_async(); __syncthreads(); matrix_fence(); multiply(shared + 1024); "
-     "matrix_commit(); matrix_wait<0>(); matrix_settle(d);", "no error"),
+    ("if (threadIdx.x == 0) store_operand(shared + 1024, 0); __syncthreads(); "
+     "matrix_fence(); multiply(shared + 1024); matrix_commit(); matrix_wait<0>();", "no fence_async covers"),
+    ("if (threadIdx.x == 0) store_operand(shared + 1024, 0); fence_async(); __syncthreads(); "
+     "matrix_fence(); multiply(shared + 1024); matrix_commit(); matrix_wait<0>(); matrix_settle(d);", "no error"),
 )
 
 

@@ -255,13 +255,15 @@ def bench(settings: Settings) -> list[Item]:
     found = workloads(made.size)
     duels = in_turn([[workload for workload in found if workload.op == op and workload.duel] for op in operations()])
     duels = duels[:1] if settings.dry_run else duels
-    kernels = [Item(f"{shape.name} by kernel", partial(bench_attention.race, shape, made.device, made.ceilings["matmul"], made.quick))
+    race = partial(bench_attention.race, device=made.device, matmul=made.ceilings["matmul"], quick=made.quick)
+    kernels = [Item(f"{shape.name} by kernel", partial(race, shape))
                for shape in ([bench_attention.TINY] if settings.dry_run else bench_attention.shapes())]
     return [Item("ceilings", made.facts),
             *(Item(workload.name, partial(made.race, workload)) for workload in found if workload.own),
             *kernels[:ASKED_SHAPES],
             *(Item(f"{workload.name} against {COMPILED}", partial(made.race, workload, True, ("megalm",))) for workload in duels),
-            *(Item(workload.name, partial(made.race, workload)) for workload in found if not workload.own), *kernels[ASKED_SHAPES:]]
+            *(Item(workload.name, partial(made.race, workload)) for workload in found if not workload.own),
+            *kernels[ASKED_SHAPES:]]
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
