@@ -104,16 +104,17 @@ def first_line(error: BuildError) -> str:
     return f"{head} {told}".strip()
 
 
-def build_shim(folder: Path, sanitize: bool = False, csrc: Path = CSRC,
+def build_shim(folder: Path, sanitize: bool = False, csrc: Path = CSRC, only: str = "",
                report: Callable[[str], None] = lambda line: None) -> Path:
     """Compile every kernel for the CPU with csrc/shim and link them into `folder`; returns the library. Raises BuildError.
 
     sanitize: with AddressSanitizer, whose runtime the loading process must have preloaded. csrc: another tree of the sources.
+    only: operations whose name starts so, a library without the others.
     """
     if shutil.which("g++") is None:
         raise BuildError("no g++ on PATH")
     extra = SANITIZE if sanitize else []
-    files = [*sorted(csrc.glob("*.cu")), *sorted((csrc / "shim").glob("*.cpp"))]
+    files = [*sorted({*csrc.glob(f"{only}*.cu"), csrc / "error.cu"}), *sorted((csrc / "shim").glob("*.cpp"))]
     objects = _compile(["g++", *GXX_FLAGS, *extra, f"-I{csrc}"], files, _version("g++"), report)
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / "libmegalm_shim.so"

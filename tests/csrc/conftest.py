@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 
 from megalm.ops.library import drop_shim, use_shim
 from megalm.ops.registry import REGISTRY
@@ -22,6 +23,9 @@ def shim_library(tmp_path_factory):
 @pytest.fixture
 def shim(shim_library):
     """The library made with the shim, which serves tensors on the CPU until the test is over."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny work: other threads would only be waited for
     yield use_shim(shim_library)
     drop_shim()
+    torch.set_num_threads(threads)
     REGISTRY.chosen.clear()

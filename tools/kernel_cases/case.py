@@ -28,6 +28,12 @@ class Case:
     plain: str = "torch"
     dtypes: Sequence[torch.dtype] = HALF_AND_FULL
 
+    def runs(self, orders: Sequence[int], first_dtype: bool = False) -> list[tuple[int, torch.dtype]]:
+        """(order of threads, dtype), the first order with every dtype: another computes the same sums, so that one shows a
+        missing barrier as well as three."""
+        return [(order, dtype) for order in orders
+                for dtype in (self.dtypes if order == orders[0] and not first_dtype else self.dtypes[:1])]
+
     def compare(self, dtype: torch.dtype, device: str = "cpu") -> Compared:
         """(ours, plain, exact) of each result and gradient."""
         ours, plain, exact = (partial(self.run, backend=name) for name in ("megalm", self.plain, "reference"))

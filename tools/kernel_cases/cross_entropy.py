@@ -30,6 +30,7 @@ def _tensors(rows: int, width: int, padding: int) -> list[Tensor]:
     targets[0], targets[1] = FOREIGN + width - padding - 1, -100  # the last column
     if rows > 4:
         targets[2], targets[3] = FOREIGN - 1, FOREIGN + width - padding  # before and behind the share
+        targets[4] = FOREIGN  # the first column
     return [logits, targets, torch.rand(rows, generator=generator, dtype=torch.float64) * (targets >= 0)]
 
 
