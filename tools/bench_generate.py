@@ -143,16 +143,21 @@ def measure(ours: Continue, peer: Continue, length: int, new: int, pairs: int) -
             "peer_tokens_per_second": round(peer_speed, 1)}
 
 
-def token_seconds(model: LoadedModel, length: int, new: int) -> float:
-    """Median seconds of a token behind `length` others that have been read."""
-    reading, seconds = Reading(model, [[5] * length]), []
+def one_token(model: LoadedModel, length: int, pairs: int) -> dict[str, float]:
+    """A token behind `length` others: with them in the cache, and with all of them read again; prompts don't count."""
+    reading, turns = Reading(model, [[5] * length]), []
     reading.next_logits()
-    for _ in range(new):
+    for _ in range(pairs):
         start = time.perf_counter()
         reading.add([7])
         reading.next_logits()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+        between = time.perf_counter()
+        model.next_logits(reading.windows)
+        turns.append((Turn(between - start, 0.0, 0.0), Turn(time.perf_counter() - between, 0.0, 0.0)))
+    median, low, high = interval(pair_ratios(turns))
+    return {"median": median, "low": low, "high": high, "pairs": pairs,
+            "seconds": float(np.median([ours.seconds for ours, _ in turns])),
+            "seconds_recomputed": float(np.median([peer.seconds for _, peer in turns]))}
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -170,9 +175,11 @@ def bench(arguments: argparse.Namespace) -> int:
     good = True
     for length in arguments.lengths:
         found = {name: measure(ours, peer, length, new, arguments.pairs) for name, peer in peers.items()}
-        report["lengths"][length] = {"token_seconds": token_seconds(model, length, new), **found}
-        good &= all(one["same_tokens"] for one in found.values()) and found["recomputed"]["median"] >= 1.0
-        print(f"{length:6} tokens before: {report['lengths'][length]['token_seconds'] * 1e3:7.2f} ms a token")
+        token = one_token(model, length, min(arguments.pairs * 3, size.seq - length))
+        report["lengths"][length] = {"one_token": token, **found}
+        good &= all(one["same_tokens"] for one in found.values()) and token["median"] >= 1.0
+        print(f"{length:6} tokens before: {token['seconds'] * 1e3:.2f} ms a token, {token['seconds_recomputed'] * 1e3:.2f} where "
+              f"all are read again: {token['median']:.2f} [{token['low']:.2f}, {token['high']:.2f}]")
         for name, one in found.items():
             print(f"    against {name:13} {one['median']:7.2f} [{one['low']:.2f}, {one['high']:.2f}]  "
                   f"{one['tokens_per_second']:>8} tokens/s against {one['peer_tokens_per_second']:>8}"
