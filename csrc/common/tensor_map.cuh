@@ -13,10 +13,10 @@ struct Extents {
   int64_t columns, rows, heads, batch;
   int64_t row, head, entry;  // strides in elements
 
-  // In bytes; one that is never gone along may be anything, but for the copy engine.
-  int64_t row_bytes() const { return rows == 1 ? 16 : 2 * row; }
-  int64_t head_bytes() const { return heads == 1 ? 16 : 2 * head; }
-  int64_t entry_bytes() const { return batch == 1 ? 16 : 2 * entry; }
+  // In bytes; one that is never gone along may be anything, which the copy engine would not take.
+  int64_t row_bytes() const { return rows == 1 ? 2 * columns : 2 * row; }
+  int64_t head_bytes() const { return heads == 1 ? row_bytes() : 2 * head; }
+  int64_t entry_bytes() const { return batch == 1 ? row_bytes() : 2 * entry; }
 };
 
 #ifdef MEGALM_SHIM
