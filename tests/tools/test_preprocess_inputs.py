@@ -35,14 +35,16 @@ def compressed(path: Path, plain: bytes) -> str:
     else:
         import zstandard
         half = len(plain) // 2
-        path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(part) for part in (plain[:half], plain[half:])))  # two frames
+        frames = (zstandard.ZstdCompressor().compress(part) for part in (plain[:half], plain[half:]))
+        path.write_bytes(b"".join(frames))
     return str(path)
 
 
 def test_every_kind_gives_the_same(tmp_path):
     plain = Path(json_lines(tmp_path / "a.jsonl", TEXTS)).read_bytes()
     inputs = [tmp_path / "a.jsonl", compressed(tmp_path / "b.jsonl.gz", plain), compressed(tmp_path / "c.jsonl.zst", plain),
-              parquet(tmp_path / "d.parquet", TEXTS), parquet(tmp_path / "e.parquet", [text.encode() for text in TEXTS], "large_binary")]
+              parquet(tmp_path / "d.parquet", TEXTS),
+              parquet(tmp_path / "e.parquet", [text.encode() for text in TEXTS], "large_binary")]
     for path in inputs:
         assert run("--input", path, "--output", tmp_path / "out", *USUAL, "--piece-bytes", 40) == 0
         assert texts(tmp_path / "out") == TEXTS, path

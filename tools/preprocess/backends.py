@@ -46,8 +46,9 @@ class Gigatoken:
 
     name = "gigatoken"
 
-    def __init__(self, make: Callable, reference: Reference, unsafe: re.Pattern | None):
-        self.make, self.reference, self.unsafe = make, reference, unsafe
+    def __init__(self, make: Callable, reference: Reference, unsafe: re.Pattern | None, short: bool):
+        """`short`: many texts a call, faster for texts of a line or two; else one a call, which needs no awkward arrays."""
+        self.make, self.reference, self.unsafe, self.short = make, reference, unsafe, short
         self.model, self.seen = make(), 0
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
@@ -58,6 +59,9 @@ class Gigatoken:
         if self.seen > RENEW_BYTES:  # what it remembers of rare words would grow for ever
             self.model, self.seen = self.make(), 0
         self.seen += sum(map(len, texts))
+        if not self.short:
+            parts = [self.model.encode(text) for text in texts] or [np.zeros(0, np.uint32)]
+            return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(texts))
         layout = self.model.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0]:offsets[-1]], np.diff(offsets)
@@ -70,8 +74,8 @@ class Gigatoken:
         return np.concatenate([ids for ids, _ in parts]), np.concatenate([lengths for _, lengths in parts])
 
 
-def fast_backend(tokenizer: Tokenizer) -> tuple[Backend | None, str]:
-    """The fast encoder that may serve, or None and why there is none."""
+def fast_backend(tokenizer: Tokenizer, short: bool = False) -> tuple[Backend | None, str]:
+    """The fast encoder that may serve, or None and why there is none. `short`: the texts are."""
     if tokenizer.type == "bytes":
         return None, "bytes need no other"
     try:
@@ -82,9 +86,9 @@ def fast_backend(tokenizer: Tokenizer) -> tuple[Backend | None, str]:
     proto = tokenizer.files()[0].read_bytes()
     try:
         if tokenizer.type == "huggingface":
-            return Gigatoken(lambda: load_hf_json(proto), reference, None), ""
+            return Gigatoken(lambda: load_hf_json(proto), reference, None, short), ""
         content, unsafe = from_sentencepiece(proto)
-        return Gigatoken(lambda: load_hf_json(content), reference, unsafe), ""
+        return Gigatoken(lambda: load_hf_json(content), reference, unsafe, short), ""
     except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
         return None, f"gigatoken can't take this model: {' '.join(str(error).split())}"
 

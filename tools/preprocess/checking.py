@@ -19,7 +19,7 @@ from .texts import Found, Policy, texts_of
 
 PLACES = 64  # of the corpus that are looked into, evenly apart
 PLACE_BYTES = 1 << 18
-SAMPLE_BYTES = 6_000_000  # of text at most: three seconds of a slow reference
+LEAST_BYTES, MOST_BYTES = 2_000_000, 6_000_000  # of text in the sample: at most three seconds of a slow reference
 BATCH = 64
 ODD = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff0-\uffff]|\s{20}|\S{200}")
 MARKER = re.compile(r"<[|/]?\w+[|]?>")
@@ -79,8 +79,9 @@ def corpus_samples(sources: Sequence[Source], units: Sequence[Unit], policy: Pol
     by_oddity = sorted(range(len(pool)), key=lambda i: -oddity(pool[i].text))
     evenly = [int(i) for i in np.linspace(0, len(pool) - 1, min(2 * count, len(pool)))]
     chosen: dict[int, None] = {}
+    size = min(MOST_BYTES, max(LEAST_BYTES, sum(source.size for source in sources) // 100))
     for order, share in ((by_length, 0.25), (by_oddity, 0.25), (evenly, 0.5)):
-        take(order, pool, chosen, count * share + 1, SAMPLE_BYTES * share)
+        take(order, pool, chosen, count * share + 1, size * share)
     return [pool[place] for place in sorted(chosen)]
 
 
@@ -122,7 +123,7 @@ def gather(sources: Sequence[Source], units: Sequence[Unit], policy: Policy) -> 
 
 def oddity(text: str) -> int:
     """How much there is of what tokenizers differ about: control characters, unassigned code points, long runs and words."""
-    head = text[:20_000]
+    head = text[:8000]
     rare = sum(unicodedata.category(letter) in RARE for letter in set(head) if letter > "~")
     return rare + 10 * len(ODD.findall(head)) + 5 * len(MARKER.findall(head))
 

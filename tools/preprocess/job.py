@@ -31,6 +31,7 @@ class Job:
     append_eod: bool = True
     sentences: bool = False
     fast: bool = False  # the check has allowed the fast backend
+    short: bool = False  # as fast_backend has it
     verify: bool = False  # compare it with the reference on every document
     cleaning: Cleaning = Cleaning()
 
@@ -54,7 +55,7 @@ class Worker:
         tokenizer = tokenizer or load_tokenizer(job.tokenizer)
         self.eod = tokenizer.eod if job.append_eod else None
         self.reference = Reference(tokenizer)
-        self.fast = (fast or fast_backend(tokenizer)[0]) if job.fast else None
+        self.fast = (fast or fast_backend(tokenizer, job.short)[0]) if job.fast else None
         self.split = split_sentences if job.sentences else None
         self.cleaner = Cleaner(job.cleaning) if job.cleaning.of_text else None
 

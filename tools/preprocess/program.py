@@ -27,6 +27,8 @@ from .report_files import write_report
 from .store import Work
 from .texts import Policy
 
+SHORT = 500  # characters, that a text has in the mean
+
 
 def preprocess(arguments: argparse.Namespace) -> int:
     """The program, after its arguments. Raises DataError for everything that is wrong with them or with the input."""
@@ -63,9 +65,9 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
     units = make_units(sources, arguments.piece_bytes)
     policy = Policy(arguments.field, arguments.encoding_errors, arguments.skip_invalid)
     complete = (work.state() or {}).get("complete", False)
-    fast, name = (None, "") if complete else choose(arguments, tokenizer, sources, units, policy)
+    fast, short, name = (None, False, "") if complete else choose(arguments, tokenizer, sources, units, policy)
     job = Job(source, policy, dtype.str, str(work.folder), tuple(sources), arguments.append_eod, arguments.split_sentences,
-              fast is not None, arguments.verify, cleaning_of(arguments))
+              fast is not None, short, arguments.verify, cleaning_of(arguments))
     merger = Merger(work, dtype, job.cleaning)
     progress = Progress(sum(weight(unit) for unit in units), sum(weight(unit) for unit in units[:merger.merged]), arguments.quiet)
     if goes_on and not arguments.quiet:
@@ -111,22 +113,24 @@ def weight(unit: Unit) -> int:
 
 
 def choose(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequence[Source], units: Sequence[Unit],
-           policy: Policy) -> tuple[Backend | None, str]:
-    """(the fast tokenizer if it may be used, the name of what is used); says why not, where there is one."""
+           policy: Policy) -> tuple[Backend | None, bool, str]:
+    """(the fast tokenizer if it may be used, are texts short, the name of what is used); says why not, where there is one."""
     reference = Reference(tokenizer)
     if not arguments.check_documents:
-        return None, reference.name
-    fast, why = fast_backend(tokenizer)
+        return None, False, reference.name
+    samples = corpus_samples(sources, units, policy, arguments.check_documents) if tokenizer.type != "bytes" else []
+    short = arguments.split_sentences or sum(len(sample.text) for sample in samples) < SHORT * len(samples)
+    fast, why = fast_backend(tokenizer, short)
     if fast is None:
         if tokenizer.type != "bytes" and not arguments.quiet:
             print(f"tokenizing at {reference.name}'s own speed: {why}", file=sys.stderr)
-        return None, reference.name
-    samples = [*strange_samples(tokenizer), *corpus_samples(sources, units, policy, arguments.check_documents)]
+        return None, False, reference.name
+    samples += strange_samples(tokenizer)
     difference = first_difference(samples, fast, reference)
     if difference is None:
-        return fast, f"{fast.name} (equal to {reference.name} on {len(samples):,} documents)"
+        return fast, short, f"{fast.name} (equal to {reference.name} on {len(samples):,} documents)"
     print(f"tokenizing at {reference.name}'s own speed: {fast.name} gives other ids for {difference}", file=sys.stderr)
-    return None, reference.name
+    return None, False, reference.name
 
 
 def make_all(units: Sequence[Unit], worker: Worker, workers: int, merger: Merger, progress: Progress) -> None:

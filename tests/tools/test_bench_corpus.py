@@ -1,0 +1,43 @@
+"""The bench runs on a small corpus, and holds its rivals to the same bytes."""
+from __future__ import annotations
+
+import json
+
+from megalm.tools import bench_corpus, bench_corpus_peers, kill_preprocess
+from megalm.tools.bench_corpus_peers import same
+from tests.data.helpers import write
+from tests.data.models import make_huggingface, make_sentencepiece
+from tests.tools.test_preprocess import json_lines
+
+
+def test_bench(tmp_path, capsys, monkeypatch):
+    corpus = json_lines(tmp_path / "a.jsonl", ["the quick brown fox", "", "def function(value):\n    return value + 1"] * 20)
+    make_sentencepiece(tmp_path / "spm.model")
+    assert bench_corpus.main(["--corpus", corpus, "--tokenizer", str(tmp_path / "spm.model"), "--pairs", "0", "--folder", str(tmp_path),
+                              "--out", str(tmp_path / "r.json")]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())["tokenizers"]["spm.model"]
+    assert set(result["rivals"]) == {"megalm", "sentencepiece", "megatron-core", "megalm, unchecked"}
+    assert all(entry["cpu_seconds"] > 0 for entry in result["rivals"].values())
+    assert "times sentencepiece" in capsys.readouterr().out
+    assert bench_corpus.main(["--tokenizer", "bytes", "--document-bytes", "2000000", "--folder", str(tmp_path)]) == 0
+    assert "peak_megabytes" in capsys.readouterr().out
+
+
+def test_the_plain_loop_of_tokenizers(tmp_path):
+    corpus = json_lines(tmp_path / "a.jsonl", ["the quick", ""])
+    model = str(make_huggingface(tmp_path / "t.json"))
+    bench_corpus_peers.main("tokenizers", corpus, str(tmp_path / "out"), model, "<|endoftext|>")
+    encode, eod, size = bench_corpus_peers.with_tokenizers(model, "<|endoftext|>")
+    assert eod == 1000 and size > 256
+    write(tmp_path / "right", [encode("the quick") + [eod]])
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "right.bin").read_bytes()
+    assert not same(str(tmp_path / "out"), str(tmp_path / "right"))  # the empty document
+
+
+def test_the_killer_notices(tmp_path, monkeypatch, capsys):
+    """A run whose result differs is an error, not a success."""
+    monkeypatch.setattr(kill_preprocess, "kill_once", lambda *_: False)
+    monkeypatch.setattr(kill_preprocess, "outputs", lambda prefix: [prefix.name.encode()] * 3)
+    monkeypatch.setattr(kill_preprocess.subprocess, "run", lambda *_, **__: None)
+    assert kill_preprocess.main(["--moments", "1"]) == 2
+    assert "isn't that of the undisturbed run" in capsys.readouterr().err
