@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", metavar="JSON", help="a config with the model and tokenizer of megatron: and neox: weights")
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights; default: as they were trained or published")
     parser.add_argument("--family", help="the Hugging Face model_type; default: the first that can express the model")
+    parser.add_argument("--ema", action="store_true", help="of a run, the moving average of the weights (optimizer.ema_decay)")
     parser.add_argument("--like", metavar="hf:PATH",
                         help="take config.json, where it is the same model, and tokenizer files from this folder")
     return run(parser, _convert, argv)
@@ -69,7 +70,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     if sources.kind_of(arguments.source)[0] in sources.OPENERS:
         opened = _open_described(arguments.source, arguments.config)
     else:
-        opened = _open(arguments.source)
+        opened = _open(arguments.source, arguments.ema)
     kind, path = sources.kind_of(arguments.target)
     if kind not in (None, "hf"):
         raise ValueError(f"--to {arguments.target}: megalm writes its own checkpoints and hf: folders")
@@ -81,7 +82,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _open(spec: str) -> Opened:
+def _open(spec: str, ema: bool) -> Opened:
     kind, path = sources.kind_of(spec)
     if kind == "hf":
         found = open_huggingface(path)
@@ -96,7 +97,7 @@ def _open(spec: str) -> Opened:
     vocab_size = read_json(folder / "plan.json").get("vocab_size")
     origin = {file.name: file for file in sorted((folder / ORIGIN).glob("*"))}
     model = config.model.model_copy(update={"vocab_size": vocab_size})
-    return Opened(model, read_weights(folder), config.precision.dtype, origin, section)
+    return Opened(model, read_weights(folder, ema), config.precision.dtype, origin, section)
 
 
 def _open_described(spec: str, config_path: str | None) -> Opened:
@@ -131,7 +132,8 @@ def _to_checkpoint(folder: Path, opened: Opened, dtype: torch.dtype | None) -> N
         files[f"{TOKENIZER}/{source.name}"] = source
         section["path"] = source.name
     files |= {f"{ORIGIN}/{name}": path for name, path in opened.origin.items()}
-    config = run_config(opened.model, name, section, str(folder))
+    padded = opened.weights.shape("embedding.word.weight")[0] != opened.model.vocab_size
+    config = run_config(opened.model, name, section, str(folder), opened.model.vocab_multiple if padded else 1)
     documents = {"config.json": config.model_dump(mode="json"), "plan.json": make_plan(config, 1).to_dict()}
     write_weights(folder, opened.weights, documents, files, dtype)
     print(f"{folder}: {len(list(opened.weights))} parts; the tokenizer is {section['path'] or 'bytes'}")

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach this probability")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the drawing; the same seed, the same text. The second prompt draws with seed + 1, and so on")
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (optimizer.ema_decay)")
     return run(parser, _generate, argv)
 
 
@@ -64,7 +65,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--prompt {text!r} isn't valid UTF-8")
     choose = [Sampler(arguments.temperature, arguments.top_p, arguments.seed + index) for index in range(len(arguments.prompt))]
     folder = find(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
-    model = load_model(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.ema)
     if model.device.type == "cpu" and sum(value.numel() for value in model.module.parameters()) < SMALL:
         torch.set_num_threads(1)
     prompts = [model.tokenizer.encode(text) for text in arguments.prompt]
@@ -144,8 +145,11 @@ class Reading:
             self._read_again()
 
 
-def load_model(folder: Path, device: torch.device) -> LoadedModel:
-    """The model of one checkpoint, tp = pp = 1. Raises CheckpointError, ConfigError or DataError."""
+def load_model(folder: Path, device: torch.device, ema: bool = False) -> LoadedModel:
+    """The model of one checkpoint, tp = pp = 1; `ema`: of the moving average of its weights.
+
+    Raises CheckpointError, ConfigError or DataError.
+    """
     config = load(folder / "config.json", _overrides(folder, device))
     section = config.tokenizer
     path = str(folder / TOKENIZER / Path(section.path).name) if section.path else None
@@ -153,7 +157,7 @@ def load_model(folder: Path, device: torch.device) -> LoadedModel:
     plan = make_plan(config, 1, tokenizer.vocab_size)
     module = SequentialModel(layers(config, plan, TensorParallel(), StepContext(config.train.seed), device,
                                     initial=False), None)
-    fill(module, read_weights(folder))
+    fill(module, read_weights(folder, ema))
     return LoadedModel(module.eval(), tokenizer, config, plan, device)
 
 

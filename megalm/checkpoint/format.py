@@ -34,7 +34,7 @@ NEW_LATEST = TEMPORARY_PREFIX + LATEST
 ALIGNMENT = 64
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of an element, by the dtypes' names in safetensors."""
-ROLES = ("master", "weight", "exp_avg", "exp_avg_sq", "momentum")
+ROLES = ("master", "weight", "exp_avg", "exp_avg_sq", "momentum", "ema")
 
 
 def step_name(step: int) -> str:

@@ -205,9 +205,12 @@ def box_view(target: Fragment, box: boxes.Box) -> Tensor:
 class Weights(Mapping[str, Tensor]):
     """Part name -> the whole tensor, on the CPU, assembled when it is asked for and not kept."""
 
-    def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-        weights = [entries[0] for (_, role), entries in stored.fragments.items() if role in WEIGHT_ROLES]
+    def __init__(self, stored: Stored, ema: bool = False) -> None:
+        self._stored, self._role = stored, "ema" if ema else WEIGHT_ROLES[0]
+        if ema and "ema" not in stored.roles:
+            raise CheckpointError(f"{stored.folder} has no moving average: optimizer.ema_decay wasn't set")
+        roles = ("ema",) if ema else WEIGHT_ROLES
+        weights = [entries[0] for (_, role), entries in stored.fragments.items() if role in roles]
         self._shapes = {entry.part: entry.full_shape for entry in weights}
 
     def shape(self, part: str) -> tuple[int, ...]:
@@ -216,13 +219,13 @@ class Weights(Mapping[str, Tensor]):
 
     def dtype(self, part: str) -> torch.dtype:
         """The dtype that it is stored in."""
-        return DTYPES[self._stored.of(part, WEIGHT_ROLES[0])[0].dtype]
+        return DTYPES[self._stored.of(part, self._role)[0].dtype]
 
     def rows(self, part: str, low: int, high: int) -> Tensor:
         """Rows [low, high) along the first dim, in the stored dtype."""
         shape = self._shapes[part]
         rows = torch.empty((high - low, *shape[1:]), dtype=self.dtype(part))
-        fill(Fragment(part, WEIGHT_ROLES[0], shape, 0, low, high, 0, rows.view(-1), False), self._stored)
+        fill(Fragment(part, self._role, shape, 0, low, high, 0, rows.view(-1), False), self._stored)
         return rows
 
     def release(self) -> None:
@@ -239,9 +242,9 @@ class Weights(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, ema: bool = False) -> Weights:
     """The weights of a checkpoint (or of a run's newest whole one) by canonical part name, full tensors, one at a time.
 
-    The fp32 masters where there are some, else the weights. Raises CheckpointError.
+    The fp32 masters where there are some, else the weights; with `ema` their moving average. Raises CheckpointError.
     """
-    return Weights(Stored.open(find(path)))
+    return Weights(Stored.open(find(path)), ema)

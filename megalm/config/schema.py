@@ -192,6 +192,8 @@ class Optimizer(Section):
     """Bound of the global gradient norm; 0: no clipping."""
     momentum: Probability = 0.0
     """Of sgd."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)] | None = None
+    """Keep an exponential moving average of the weights on the host, with this decay a step; default: none."""
     impl: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
     """Whose implementation: auto takes the fastest that this machine has built; a named one that can't serve is an error."""
 

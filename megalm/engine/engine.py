@@ -16,6 +16,7 @@ from megalm.config import Config
 from megalm.data.loader import MicroBatch
 from megalm.engine import fragments as state
 from megalm.engine.ds_config import ds_config
+from megalm.engine.ema import Ema
 from megalm.engine.fused_adam import fused_adam
 from megalm.engine.gradients import clip, global_norm, reduced_gradients
 from megalm.engine.grid import adopt_process_group, quiet
@@ -65,6 +66,8 @@ class Engine:
         bare = self.deepspeed.optimizer is optimizer
         wrapper = "none" if bare else type(self.deepspeed.optimizer).__name__
         assert wrapper == plan.wrapper, (wrapper, plan.wrapper)
+        decay = config.optimizer.ema_decay
+        self.ema = None if decay is None else Ema(decay, state.steppable(self.deepspeed, optimizer))
         if self._scaler is not None:
             self._scaler.raise_error_at_min_scale = False  # what to do about it is train.max_bad_steps' decision
 
@@ -90,6 +93,8 @@ class Engine:
         loss = float(self.driver.train(step, batches, self._scale(batches), self._before_step))
         norm = float(self._own_norm if self.plan.wrapper == "none" else self.deepspeed.get_global_grad_norm())
         skipped = not math.isfinite(norm) if self.plan.wrapper == "none" else bool(self.deepspeed.optimizer.overflow)
+        if self.ema is not None and not skipped:
+            self.ema.update()
         return StepResult(loss, norm, skipped, lr, skipped and math.isfinite(loss) and scale_can_fall)
 
     @property
@@ -132,7 +137,7 @@ class Engine:
     def fragments(self) -> list[Fragment]:
         """Live views of this rank's masters and moments, for a checkpoint to read or to overwrite (then call `refresh`)."""
         state.allocate_state(self.deepspeed, self.optimizer)
-        return state.fragments(self.deepspeed, self.optimizer, self.groups)
+        return state.fragments(self.deepspeed, self.optimizer, self.groups, self.ema)
 
     def counters(self) -> dict[str, Any]:
         """Everything besides tensors that a resumed run needs; JSON."""
@@ -140,6 +145,8 @@ class Engine:
         engine = self.deepspeed
         counters = {"optimizer_step": state.optimizer_step(engine, self.optimizer)}
         counters |= {name: getattr(engine, name) for name in COUNTERS}
+        if self.ema is not None:
+            counters["ema_steps"] = self.ema.steps
         if self._scaler is not None:
             counters["loss_scaler"] = {name: getattr(self._scaler, name) for name in SCALER_STATE}
         return counters
@@ -150,6 +157,8 @@ class Engine:
         state.refresh(engine, self.optimizer, counters["optimizer_step"])
         for name in COUNTERS:
             setattr(engine, name, counters[name])
+        if self.ema is not None:
+            self.ema.restart(counters.get("ema_steps", 0))
         if self._scaler is not None and "loss_scaler" in counters:
             for name in SCALER_STATE:
                 setattr(self._scaler, name, counters["loss_scaler"][name])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.fragment import Fragment
+from megalm.engine.ema import Ema
 from megalm.parallel.groups import Groups
 from megalm.parallel.sharding import Kind, declared
 
@@ -47,7 +48,7 @@ class Range(NamedTuple):
     owned: bool
 
 
-def fragments(engine: Any, optimizer: torch.optim.Optimizer, groups: Groups) -> list[Fragment]:
+def fragments(engine: Any, optimizer: torch.optim.Optimizer, groups: Groups, ema: Ema | None = None) -> list[Fragment]:
     """Every piece of optimizer state on this rank, replicas included (marked as not owned)."""
     found = []
     whole = None if counter_of(optimizer) is Counter.TENSOR else optimizer_step(engine, optimizer)
@@ -55,11 +56,11 @@ def fragments(engine: Any, optimizer: torch.optim.Optimizer, groups: Groups) -> 
         replica = getattr(piece.parameter, "ds_pipe_replicated", False)
         counted = declared(piece.parameter).kind is Kind.SHARDED or groups.tp.rank == 0
         state = optimizer.state[piece.flat]
-        found += _cut(piece, state, piece.owned and counted and not replica, _step(state) if whole is None else whole)
+        found += _cut(piece, state, piece.owned and counted and not replica, _step(state) if whole is None else whole, ema)
     return found
 
 
-def _cut(piece: Range, state: dict[str, Any], owned: bool, step: int | None) -> Iterator[Fragment]:
+def _cut(piece: Range, state: dict[str, Any], owned: bool, step: int | None, ema: Ema | None) -> Iterator[Fragment]:
     """One range as a Fragment for each part and role that it covers."""
     offset = 0
     for part in declared(piece.parameter).parts:
@@ -68,9 +69,10 @@ def _cut(piece: Range, state: dict[str, Any], owned: bool, step: int | None) -> 
             low, high = (part.start, part.stop) if part.dim is not None else (0, part.full_shape[0])
             at = piece.at + first - piece.start
             roles = {"master": piece.flat.detach()} | {role: state[key] for key, role in MOMENTS.items() if key in state}
+            roles |= {"ema": ema.of(piece.flat)} if ema is not None else {}
             for role, values in roles.items():
                 yield Fragment(part.name, role, part.full_shape, part.dim, low, high, first - offset,
-                               values.view(-1)[at:at + last - first], owned, None if role == "master" else step)
+                               values.view(-1)[at:at + last - first], owned, None if role in ("master", "ema") else step)
         offset += part.numel
 
 

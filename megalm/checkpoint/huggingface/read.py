@@ -78,10 +78,11 @@ def part_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {part.name: part.shape for part in parts(config, make_plan(config, 1))}
 
 
-def run_config(model: Model, dtype: str, tokenizer: dict[str, Any] | None = None, folder: str = "none") -> Config:
-    """The config of a checkpoint that no run wrote: the model without padding, on one rank; the rest has no meaning."""
+def run_config(model: Model, dtype: str, tokenizer: dict[str, Any] | None = None, folder: str = "none",
+               vocab_multiple: int = 1) -> Config:
+    """The config of a checkpoint that no run wrote: the model, by default without padding, on one rank; the rest is made up."""
     return validate({
-        "model": model.model_dump(mode="json") | {"vocab_multiple": 1}, "precision": {"dtype": dtype},
+        "model": model.model_dump(mode="json") | {"vocab_multiple": vocab_multiple}, "precision": {"dtype": dtype},
         "batch": {"micro": 1, "global": 1}, "optimizer": {"lr": 1e-4}, "tokenizer": tokenizer or {"type": "bytes"},
         "data": {"train": [{"path": "none"}]}, "train": {"dir": folder, "steps": 1},
     })  # fmt: skip
