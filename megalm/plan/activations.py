@@ -36,8 +36,9 @@ def layer_activations(config: Config, plan: Plan, recompute: str) -> int:
     if recompute == "full":
         return stream
     query, key = _query_and_key(config, plan)
-    # Inputs and outputs of both norms; with fewer groups than ranks, query, key and value share one gathered input.
-    total = 3 * stream + (stream if model.num_query_groups >= tp else tokens * model.hidden_size * width)
+    # Inputs, which a parallel residual has one of, and outputs of both norms; with fewer groups than ranks, query, key and value
+    # share one gathered input.
+    total = (2 if model.parallel_residual else 3) * stream + (stream if model.num_query_groups >= tp else tokens * model.hidden_size * width)
     total += query + 2 * key                                # as projected
     in_place = plan.backends["rotary"] == "megalm" and model.num_query_groups >= tp
     if model.qk_norm or model.position_embedding == "rotary" and not in_place:
