@@ -15,7 +15,8 @@ from megalm.checkpoint.sealed import CheckpointError
 CHECKED = ("model", "data", "tokenizer", "optimizer", "batch.global", "train.seed", "train.z_loss", "train.label_smoothing")
 """Settings that shape the numbers; a resume with others isn't the same run."""
 NEWER = {"train.z_loss": 0.0, "train.label_smoothing": 0.0, "data.document_mask": False, "data.reset_positions": False,
-         "model.parallel_residual": False, "model.sliding_window": None, "model.rotary_fraction": 1.0, "optimizer.ema_decay": None}
+         "model.parallel_residual": False, "model.sliding_window": None, "model.rotary_fraction": 1.0,
+         "optimizer.ema_decay": None}
 """What those that a checkpoint may be older than were in its run."""
 FREE = ("model.vocab_multiple", "data.cache", "tokenizer.path")
 """Among these, the ones that don't: padding never wins a logit, a cache can lie anywhere, and of a tokenizer's file the

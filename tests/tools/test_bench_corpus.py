@@ -13,8 +13,9 @@ from tests.tools.test_preprocess import json_lines
 def test_bench(tmp_path, capsys, monkeypatch):
     corpus = json_lines(tmp_path / "a.jsonl", ["the quick brown fox", "", "def function(value):\n    return value + 1"] * 20)
     make_sentencepiece(tmp_path / "spm.model")
-    assert bench_corpus.main(["--corpus", corpus, "--tokenizer", str(tmp_path / "spm.model"), "--pairs", "0", "--folder", str(tmp_path),
-                              "--out", str(tmp_path / "r.json")]) == 0
+    out = str(tmp_path / "r.json")
+    assert bench_corpus.main(["--corpus", corpus, "--tokenizer", str(tmp_path / "spm.model"), "--pairs", "0",
+                              "--folder", str(tmp_path), "--out", out]) == 0
     result = json.loads((tmp_path / "r.json").read_text())["tokenizers"]["spm.model"]
     assert set(result["rivals"]) == {"megalm", "sentencepiece", "megatron-core", "megalm, unchecked"}
     assert all(entry["cpu_seconds"] > 0 for entry in result["rivals"].values())
