@@ -38,8 +38,8 @@ def layer_activations(config: Config, plan: Plan, recompute: str) -> int:
     query, key = _query_and_key(config, plan)
     # Inputs, which a parallel residual has one of, and outputs of both norms; with fewer groups than ranks, query, key and value
     # share one gathered input.
-    gathered = stream if model.num_query_groups >= tp else tokens * model.hidden_size * width
-    total = (2 if model.parallel_residual else 3) * stream + gathered
+    total = (2 if model.parallel_residual else 3) * stream
+    total += stream if model.num_query_groups >= tp else tokens * model.hidden_size * width
     total += query + 2 * key                                # as projected
     in_place = plan.backends["rotary"] == "megalm" and model.num_query_groups >= tp
     if model.qk_norm or model.position_embedding == "rotary" and not in_place:

@@ -10,6 +10,7 @@ from megalm.checkpoint import CheckpointError, check_resume, choose, differences
 from megalm.checkpoint.resume import flatten
 from tests.checkpoint.fakes import SMALL, draw, engines, plan, save_all, settings
 from tests.checkpoint.test_layouts import succeed
+from tests.config.trees import config
 
 CONFIG = {
     "model": {"hidden_size": 64, "vocab_multiple": 128, "vocab_size": None, "rotary_scaling": {"type": "linear", "factor": 2.0}},
@@ -29,6 +30,16 @@ def changed(path: str, value) -> dict:
         section = section[int(key)] if key.isdigit() else section[key]
     section[name] = value
     return config
+
+
+def test_a_checkpoint_may_be_older_than_keys_whose_default_depends_on_others():
+    now = config(model={"bias": False, "head_dim": 8}).model_dump(mode="json")
+    newer = ("head_dim", "qkv_bias", "mlp_bias", "parallel_residual", "sliding_window", "rotary_fraction")
+    before = {**now, "model": {key: value for key, value in now["model"].items() if key not in newer}}
+    assert differences(before, now) == []
+    now["model"] |= {"head_dim": 16, "qkv_bias": True, "sliding_window": 4}
+    assert [str(difference) for difference in differences(before, now)] == [
+        "model.sliding_window: stored None, now 4", "model.qkv_bias: stored False, now True", "model.head_dim: stored 8, now 16"]
 
 
 @pytest.mark.parametrize("path, value, line", [
