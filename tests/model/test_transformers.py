@@ -14,7 +14,6 @@ from megalm.parallel.sharding import part_slices
 from megalm.plan import make_plan
 from tests.model.transformers_weights import MODELS, PADDED, VOCAB, tokens
 
-
 REFERENCE = ("gpt2", "llama-llama3", "mistral", "gpt_neox")
 """Between them everything that the operations' references do."""
 
