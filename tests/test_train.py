@@ -89,6 +89,27 @@ def test_documents_reach_every_stage(tmp_path):
     assert code == 2 and "data.document_mask: stored True, now False" in said
 
 
+@pytest.mark.parametrize("world, overrides", [(1, ["parallel.zero_stage=0"]), (4, ["parallel.tp=2", "parallel.pp=2"])], ids=str)
+def test_a_damaged_checkpoint_is_skipped_and_the_run_goes_on_bitwise(world, overrides, tmp_path):
+    """A bit of a moment flips in the newest; one rank finds it, all of them take the one before, and say why."""
+    path = training.write_config(tmp_path, checkpoint={"every": 2, "keep": 9})
+    assert training.start(world, path, *overrides) == [(0, "")] * world
+    expected = training.tensors(find(tmp_path / "run"))
+    root = tmp_path / "run/checkpoints"
+    shutil.rmtree(root / "step_00000006")
+    last = sorted((root / "step_00000004").glob("*.safetensors"))[-1]
+    content = bytearray(last.read_bytes())
+    content[-3] ^= 16
+    last.write_bytes(content)
+    notes = dist.run(_notes, world, str(path), overrides)[0]
+    assert any(note.startswith("skipped step_00000004: ") and f"{last.name}: " in note and "aren't what was written" in note
+               for note in notes)
+    assert any(note.startswith("going on from step 2, ") for note in notes)
+    found = training.tensors(find(tmp_path / "run"))
+    assert find(tmp_path / "run").name == "step_00000006" and found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def note_samples(engine, context, folder):
     """Write down what each step of this rank reads."""
     run = engine.train_step

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import mmap
+import operator
 import os
 import select
 import signal
@@ -42,6 +43,8 @@ NICE = 5
 LINE_SECONDS = 60.0
 """A job is a message of some kilobytes to a process that does nothing but wait for it."""
 LEAVE_SECONDS = 5.0
+LAYOUT = operator.attrgetter(*(field.name for field in dataclasses.fields(StoredFragment) if field.name != "step"))
+"""All of an entry that stays the same from save to save."""
 
 
 def main(parent: int, line: int, memory: int, size: int, root: str) -> None:
@@ -54,19 +57,24 @@ def main(parent: int, line: int, memory: int, size: int, root: str) -> None:
         os.nice(NICE)
     performer = Performer(Path(root), Disk())
     with mmap.mmap(memory, size, prot=mmap.PROT_READ) as shared, socket.socket(fileno=line) as ours:
-        view = memoryview(shared)
+        view, remembered = memoryview(shared), []
         for job in ours.makefile("rb"):
-            answer = perform(performer, json.loads(job), view)
-            ours.sendall(json.dumps(dataclasses.asdict(answer)).encode() + b"\n")
+            answer = perform(performer, json.loads(job), view, remembered)
+            if answer is not None:
+                ours.sendall(json.dumps(dataclasses.asdict(answer)).encode() + b"\n")
         view.release()
 
 
-def perform(performer: Performer, job: dict[str, Any], memory: memoryview) -> Answer:
+def perform(performer: Performer, job: dict[str, Any], memory: memoryview, remembered: list) -> Answer | None:
     """One job: {"do": the method's name, ...its arguments}; a part's contents are (first byte, bytes) in the shared memory."""
+    if job["do"] == "remember":
+        remembered[:] = [[StoredFragment(**entry) for entry in job["entries"]], job["places"]]
+        return None
     name = job.pop("do")
     if name == "part":
-        places = job.pop("places")
-        job["entries"] = [StoredFragment(**entry) for entry in job["entries"]]
+        entries, places = remembered
+        steps = job.pop("steps")
+        job["entries"] = [dataclasses.replace(entry, step=step) for entry, step in zip(entries, steps, strict=True)]
         job["content"] = lambda number: memory[places[number][0]: sum(places[number])]
     return getattr(performer, name)(**job)
 
@@ -84,6 +92,7 @@ class Writer:
         ours, theirs = socket.socketpair()
         self._line, self._received, self._busy = ours, b"", False
         self._line.settimeout(LINE_SECONDS)
+        self._told: list[tuple] = []
         arguments = {"parent": os.getpid(), "line": theirs.fileno(), "memory": self._file, "size": self.size, "root": str(root)}
         package = Path(__file__).resolve().parent
         path = [str(package.parent.parent), *sys.path]
@@ -106,8 +115,15 @@ class Writer:
             self._line.sendall(json.dumps({"do": do, **arguments}).encode() + b"\n")
 
     def send_part(self, folder: str, rank: int, entries: Sequence[StoredFragment], places: Sequence[tuple[int, int]]) -> None:
-        """Hand over this rank's part; places[i]: the (first byte, bytes) of entries[i] in the memory."""
-        self.send("part", folder=folder, rank=rank, entries=[vars(entry) for entry in entries], places=places)
+        """Hand over this rank's part; places[i]: the (first byte, bytes) of entries[i] in the memory.
+
+        All but the steps is the same each time and told once: telling it is what would take the longest of a small save.
+        """
+        layout = [LAYOUT(entry) for entry in entries]
+        if layout != self._told:
+            self.send("remember", entries=[vars(entry) for entry in entries], places=places)
+            self._told = layout
+        self.send("part", folder=folder, rank=rank, steps=[entry.step for entry in entries])
 
     def answer(self, seconds: float = 0.0) -> Answer | None:
         """The answer to the job, as soon as it is there; None when it isn't within so many seconds."""

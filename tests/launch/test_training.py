@@ -141,6 +141,27 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(launcher):
     assert steps_done(launcher) == list(range(1, done + 3))
 
 
+def pre_empt(launcher: WarmLauncher, number: int, to_a_rank: bool) -> None:
+    """Train on from wherever the run is, with a checkpoint on its way more often than not, until this signal."""
+    before = max(steps_done(launcher), default=0)
+    pid = launcher.start("", "checkpoint.every=2")
+    wait_until(lambda: len(steps_done(launcher)) >= before + 3, 60)
+    below = descendants(pid)
+    os.kill(ranks_of(pid)[2] if to_a_rank else pid, number)
+    assert launcher.wait(pid, 30) == 75, launcher.stderr
+    assert saved_where_it_stopped(launcher) and "failed" not in launcher.stderr
+    assert not any(exists(process) for process in below)
+
+
+@warm
+def test_a_pre_empted_run_saves_within_30_seconds_and_says_so_by_its_exit_code(launcher):
+    """Slurm's --signal reaches the launcher, or a rank alone; the same command goes on each time."""
+    write_config(launcher, steps=100_000)
+    for number, to_a_rank in ((signal.SIGTERM, False), (signal.SIGUSR1, False), (signal.SIGUSR1, True)):
+        pre_empt(launcher, number, to_a_rank)
+    assert steps_done(launcher) == list(range(1, steps_done(launcher)[-1] + 1))
+
+
 def lose_the_terminal(launcher: WarmLauncher, pid: int, step: int) -> str:
     """Hang up after that step, as when ssh is lost; returns what was on the terminal."""
     shown = []
