@@ -107,6 +107,7 @@ setup(
         "pydantic>=2.11",
         "safetensors>=0.4.3",
         "xxhash>=3.5",
+        "fsspec>=2024.6",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
         "orjson>=3.10",

@@ -74,7 +74,7 @@ def values(seed: int) -> dict[tuple[str, str], torch.Tensor]:
 
 def saver(folder: Path, held: Held, disk: Disk | None = None, keep: int = 3) -> Saver:
     """What saves `held` into the run's folder."""
-    rule = SimpleNamespace(keep=keep, keep_every=0, keep_best=0)
+    rule = SimpleNamespace(keep=keep, keep_every=0, keep_best=0, remote=None)
     config = SimpleNamespace(checkpoint=rule, model_dump=lambda mode: {"model": {"hidden_size": 16}})
     numbers = {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 1, "sequence_parallel": False, "padded_vocab_size": 40}
     plan = SimpleNamespace(**numbers, to_dict=lambda: numbers)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.disk import Disk
-from megalm.checkpoint.format import StoredFragment
+from megalm.checkpoint.format import StoredFragment, index_file, rank_file, step_name
 from megalm.checkpoint.parts import Content, write_part
 from megalm.checkpoint.publish import clean, describe_whole, point_latest, publish
+from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.retain import Retention, retire
 from megalm.checkpoint.sealed import CheckpointError
 
@@ -57,6 +58,19 @@ class Performer:
         problem = self._attempt(POINTING, lambda: point_latest(self.root, self.disk))
         notes = [] if problem else retire(self.root, step, Retention(**retention), self.disk)
         return Answer(problem, notes)
+
+    def upload(self, url: str, step: int, rank: int) -> Answer:
+        """Copy this rank's files of a whole checkpoint to other storage. Trouble there stops no training."""
+        folder = self.root / step_name(step)
+        return self._quiet(url, step, lambda: Remote(url).upload(folder, [rank_file(rank), index_file(rank)]))
+
+    def complete(self, url: str, step: int, retention: Mapping[str, int]) -> Answer:
+        """Make a checkpoint there of what the ranks have copied."""
+        return self._quiet(url, step, lambda: Remote(url).complete(self.root / step_name(step), Retention(**retention)))
+
+    def _quiet(self, url: str, step: int, work: Callable[[], None]) -> Answer:
+        problem = self._attempt("copying it", work)
+        return Answer(notes=[f"{step_name(step)} isn't in {url}, only in {self.root}: {problem}"] if problem else [])
 
     def clean(self) -> Answer:
         """Remove what attempts have left. On a disk that fails it stays, under hidden names, and the next run tries again."""

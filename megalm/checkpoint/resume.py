@@ -10,6 +10,7 @@ from typing import Any
 
 from megalm.checkpoint.find import Report, candidates, fault, newest
 from megalm.checkpoint.format import CHECKPOINTS, TOKENIZER, read_json
+from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.sealed import CheckpointError
 
 CHECKED = ("model", "data", "tokenizer", "optimizer", "batch.global", "train.seed", "train.z_loss", "train.label_smoothing")
@@ -122,6 +123,14 @@ def _contents(files: Iterable[Path]) -> list[str]:
 def whole(run_folder: str | Path) -> list[Path]:
     """Every whole checkpoint of a run, by what `fault` finds at a first look."""
     return [path for _, path in candidates(Path(run_folder) / CHECKPOINTS) if fault(path, read=False) is None]
+
+
+def fetch_missing(run_folder: str | Path, url: str, resume: str, report: Report) -> None:
+    """Copy the newest checkpoint of checkpoint.remote here, where a run would go on from it and has none of its own that is
+    whole. Raises CheckpointError for a URL that can't be."""
+    remote = Remote(url)
+    if resume == "auto" and not whole(run_folder):
+        remote.fetch(Path(run_folder) / CHECKPOINTS, report)
 
 
 def choose(run_folder: str | Path, resume: str, report: Report | None = None, damaged: Collection[Path] = ()) -> Path | None:

@@ -33,8 +33,8 @@ DONE, BUSY, FAILED = range(3)
 """How far a rank's writer is, such that the highest of all ranks says what to do."""
 WAIT_SECONDS = 1500.0
 """A job that takes longer has failed; the other ranks wait for this one 1800 s."""
-PART, WHOLE = "part", "whole"
-"""What is being written: every rank's part, then by rank 0 what makes a checkpoint of them."""
+PART, WHOLE, UPLOAD, COMPLETE = "part", "whole", "upload", "complete"
+"""What is being written: every rank's part, then by rank 0 what makes a checkpoint of them; the same at checkpoint.remote."""
 
 
 class Engine(Protocol):
@@ -93,6 +93,7 @@ class Saver:
         self._writer: Writer | None = None
         self._snapshot: snapshot.Snapshot | None = None
         self._step, self._phase = 0, None
+        self._remote = config.checkpoint.remote
         self._answer: Answer | None = None
         self._manifest: dict[str, Any] = {}
         self._fixed = {"world_size": groups.world_size, "layout": {name: getattr(plan, name) for name in LAYOUT},
@@ -205,31 +206,37 @@ class Saver:
 
     def _advance(self) -> None:
         """All ranks are done with this phase: the next one."""
-        answer, first = self._answer, self._groups.rank == 0
-        self._answer = None if first else Answer()
+        for note in self._answer.notes if self._answer else ():
+            self._report(note)
         if self._phase == WHOLE:
-            self._phase, self.saved = None, self._step
-            for note in answer.notes if answer else ():
-                self._report(note)
+            self.saved = self._step
+        after = {PART: WHOLE, UPLOAD: COMPLETE} | ({WHOLE: UPLOAD} if self._remote else {})
+        self._phase, self._answer = after.get(self._phase), None
+        rank = self._groups.rank
+        jobs = {WHOLE: {"folder": self._folder, "manifest": self._manifest, **self._whole},
+                UPLOAD: {"url": self._remote, "step": self._step, "rank": rank},
+                COMPLETE: {"url": self._remote, "step": self._step, "retention": self._whole["retention"]}}
+        if self._phase is None:
             return
-        self._phase = WHOLE
-        job = {"folder": self._folder, "manifest": self._manifest, **self._whole}
-        if first and self._writer is not None:
-            self._writer.send("whole", **job)
-        elif first:
-            self._answer = self._performer.whole(**job)
+        if rank != 0 and self._phase != UPLOAD:
+            self._answer = Answer()
+        elif self._writer is not None:
+            self._writer.send(self._phase, **jobs[self._phase])
+        else:
+            self._answer = getattr(self._performer, self._phase)(**jobs[self._phase])
 
     def _agree(self) -> None:
         """Raise on all ranks what any of them has met."""
         problems = self._groups.agree(self._answer.problem if self._answer else None)
         if not problems:
             return
+        whole = self._phase in (UPLOAD, COMPLETE) or all(text.startswith(POINTING) for _, text in problems)
         self._phase = None
         if self._groups.rank == 0:
             self._performer.clean()
         lines = "; ".join(f"rank {rank} failed {text}" for rank, text in problems)
         name = self.root / step_name(self._step)
-        if all(text.startswith(POINTING) for _, text in problems):
+        if whole:
             self.saved = self._step
             raise CheckpointError(f"{name} is saved and whole, but {lines}")
         raise CheckpointError(f"{name} wasn't saved: {lines}. Earlier checkpoints are as they were")

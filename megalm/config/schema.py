@@ -301,6 +301,9 @@ class Checkpoint(Section):
     """Those of steps that this divides stay too; 0: no such rule."""
     keep_best: Natural = 0
     """So many of the lowest validation loss stay too, of those at whose step it was measured (train.eval_every)."""
+    remote: Text | None = None
+    """Also copy checkpoints there, to any path that fsspec knows (s3://bucket/run, gs://..., with its package installed); a run
+    whose train.dir has none goes on from the newest there."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest whole checkpoint of train.dir; never refuses a folder that has one."""
     allow_changes: bool = False

@@ -190,10 +190,11 @@ def expected(fragment: Fragment, values: Values) -> Tensor:
     return slab[fragment.start: fragment.start + fragment.count].to(fragment.tensor.dtype)
 
 
-def settings(keep: int = 3, allow_changes: bool = False, keep_every: int = 0, keep_best: int = 0, **more: Any) -> SimpleNamespace:
+def settings(keep: int = 3, allow_changes: bool = False, keep_every: int = 0, keep_best: int = 0,
+             remote: str | None = None, **more: Any) -> SimpleNamespace:
     """As much of a Config as saving needs."""
     content = {"model": {"hidden_size": 12}, "train": {"seed": 1}, "optimizer": {"lr": 0.1}, "data": {"train": [{"path": "a"}]}}
-    section = SimpleNamespace(keep=keep, keep_every=keep_every, keep_best=keep_best, allow_changes=allow_changes)
+    section = SimpleNamespace(keep=keep, keep_every=keep_every, keep_best=keep_best, allow_changes=allow_changes, remote=remote)
     return SimpleNamespace(checkpoint=section, model_dump=lambda mode: json.loads(json.dumps({**content, **more})))
 
 

@@ -1,0 +1,111 @@
+"""Checkpoints on other storage: any path that fsspec knows, such as s3://bucket/run, beside the run's own folder.
+
+train.dir stays where checkpoints are made and read; a whole one is copied from there, each rank's writer its own two files,
+and checkpoint.json last, by rank 0, once all other files are there in their sizes: object stores have no rename, and a folder
+without checkpoint.json is none. Large files go in parts where the storage knows that (s3fs, gcsfs). Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint import sealed
+from megalm.checkpoint.disk import Disk
+from megalm.checkpoint.find import Report, fault, read_manifest
+from megalm.checkpoint.format import MANIFEST, TEMPORARY_PREFIX, index_file, inside, rank_file, step_name, step_of
+from megalm.checkpoint.retain import Retention
+from megalm.checkpoint.sealed import CheckpointError
+
+
+class Remote:
+    """The checkpoints below one URL. Methods raise OSError, and what the storage's library raises."""
+
+    def __init__(self, url: str) -> None:
+        """Raises CheckpointError where fsspec, or its package for this kind of storage, doesn't take the URL."""
+        try:
+            import fsspec
+
+            self._files, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(f"checkpoint.remote {url!r}: {error}") from error
+        self.url, self._path = url, path.rstrip("/")
+
+    def upload(self, folder: Path, names: list[str]) -> None:
+        """Copy these files of a whole checkpoint's folder."""
+        for name in names:
+            target = f"{self._path}/{folder.name}/{name}"
+            self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._files.put_file(str(folder / name), target)
+
+    def complete(self, folder: Path, rule: Retention) -> None:
+        """Copy what no rank has, checkpoint.json last, and delete what the rule doesn't keep.
+
+        Raises CheckpointError, and leaves the upload without a checkpoint.json, where a rank's file isn't there.
+        """
+        manifest = read_manifest(folder)
+        ranks = {name for rank in range(manifest["world_size"]) for name in (rank_file(rank), index_file(rank))}
+        self.upload(folder, [name for name in manifest["files"] if name not in ranks])
+        for name, stated in manifest["files"].items():
+            target = f"{self._path}/{folder.name}/{name}"
+            size = self._files.size(target) if self._files.exists(target) else None
+            if size != stated["bytes"]:
+                raise CheckpointError(f"{name} has {size} bytes there, not {stated['bytes']}")
+        self.upload(folder, [MANIFEST])
+        self._retire(manifest["step"], rule)
+
+    def steps(self) -> list[int]:
+        """The steps of those that are complete, the newest first."""
+        if not self._files.exists(self._path):
+            return []
+        found = {step_of(path.rstrip("/").rpartition("/")[2]) for path in self._files.ls(self._path, detail=False)}
+        return sorted((step for step in found if step is not None and self._files.exists(self._manifest(step))), reverse=True)
+
+    def fetch(self, root: Path, report: Report, disk: Disk | None = None) -> Path | None:
+        """Copy the newest complete one into `root` as a checkpoint like those made there; None where none is whole.
+
+        One that can't be copied, or isn't whole, is skipped with a line.
+        """
+        disk = disk or Disk()
+        for step in self.steps():
+            temporary = root / f"{TEMPORARY_PREFIX}{step_name(step)}.fetched"
+            try:
+                disk.remove(temporary)
+                self._download(step, temporary)
+                problem = fault(temporary)
+                if problem is None:
+                    disk.remove(root / step_name(step))
+                    disk.rename(temporary, root / step_name(step))
+                    report(f"fetched {self.url}/{step_name(step)}")
+                    return root / step_name(step)
+            except Exception as error:  # each storage's library has its own
+                problem = f"{type(error).__name__}: {error}"
+            report(f"skipped {self.url}/{step_name(step)}: {problem}")
+            shutil.rmtree(temporary, ignore_errors=True)
+        return None
+
+    def _download(self, step: int, target: Path) -> None:
+        target.mkdir(parents=True)
+        self._files.get_file(self._manifest(step), str(target / MANIFEST))
+        for name in read_manifest(target)["files"]:
+            path = inside(target, name)
+            path.parent.mkdir(exist_ok=True)
+            self._files.get_file(f"{self._path}/{step_name(step)}/{name}", str(path))
+
+    def _retire(self, step: int, rule: Retention) -> None:
+        whole = [(number, self._loss(number)) for number in self.steps() if number <= step]
+        kept = rule.kept(whole)
+        for number, _ in whole:
+            if number not in kept:
+                self._files.rm_file(self._manifest(number))  # first: what is left is none any more
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.rm(f"{self._path}/{step_name(number)}", recursive=True)
+
+    def _loss(self, step: int) -> float | None:
+        content: Any = sealed.parse(self._files.cat_file(self._manifest(step)), Path(step_name(step)))
+        return content.get("eval_loss") if isinstance(content, dict) else None
+
+    def _manifest(self, step: int) -> str:
+        return f"{self._path}/{step_name(step)}/{MANIFEST}"
