@@ -1,0 +1,81 @@
+"""`megalm checkpoint`: what it prints, and its exit codes."""
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megalm.tools.checkpoint import main
+from tests.checkpoint.fakes import SMALL, draw, engines, plant, save_all
+from tests.checkpoint.test_layouts import succeed
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two checkpoints of one run, by two ranks."""
+    for step, seed in ((1, 0), (2, 1)):
+        succeed(save_all(tmp_path, step, engines(SMALL, draw(SMALL, seed=seed), tp=2), eval_loss=1.25))
+    return tmp_path
+
+
+def test_inspect_shows_every_part_and_its_shape(run, capsys):
+    assert main(["inspect", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert all(part in text for part in SMALL) and "64 x 12" in text and "master, exp_avg, exp_avg_sq" in text
+    assert "step_00000002" in text and "1.2500" in text and "2 ranks" in text
+
+
+def test_inspect_for_programs(run, capsys):
+    assert main(["inspect", str(run / "checkpoints/step_00000001"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["step"], found["eval_loss"], found["world_size"]) == (1, 1.25, 2)
+    assert {(tensor["part"], tuple(tensor["shape"])) for tensor in found["tensors"]} == {
+        (part, shape) for part, (shape, _) in SMALL.items()}
+    assert sum(tensor["bytes"] for tensor in found["tensors"]) == sum(4 * value.numel() for value in draw(SMALL).values())
+
+
+def test_verify_reads_every_byte(run, capsys):
+    folder = run / "checkpoints/step_00000002"
+    assert main(["verify", str(run), "--all"]) == 0
+    assert capsys.readouterr().out.count(": sound: ") == 2
+    for path in sorted(folder.iterdir()):
+        before = path.read_bytes()
+        for place in (0, len(before) // 2, len(before) - 1):
+            content = bytearray(before)
+            content[place] ^= 4
+            path.write_bytes(content)
+            assert main(["verify", str(folder)]) == 1, (path.name, place)
+            assert path.name in capsys.readouterr().out
+        path.write_bytes(before)
+    assert main(["verify", str(run)]) == 0
+
+
+def test_verify_finds_a_header_that_says_something_else(run, capsys):
+    """A file that is sound by its hashes, and whose two descriptions don't agree."""
+    folder = run / "checkpoints/step_00000002"
+    plant(folder, "rank_00000.json", lambda index: index["fragments"][0].update(key=index["fragments"][0]["key"] + "#9"))
+    assert main(["verify", str(folder)]) == 1
+    assert "header and index don't say the same" in capsys.readouterr().out
+
+
+def test_diff_names_settings_and_tensors(run, capsys):
+    one, other = (str(run / f"checkpoints/step_0000000{step}") for step in (1, 2))
+    assert main(["diff", one, one]) == 0
+    assert capsys.readouterr().out == "0 settings and 0 tensors differ\n"
+    plant(run / "checkpoints/step_00000002", "config.json", lambda config: config["train"].update(seed=9))
+    assert main(["diff", one, other]) == 1
+    text = capsys.readouterr().out
+    assert "step: 1 and 2\n" in text and "config.train.seed: 1 and 9\n" in text
+    largest = (draw(SMALL, seed=0)["head.weight", "master"] - draw(SMALL, seed=1)["head.weight", "master"]).abs().max().item()
+    assert f"master of head.weight: 768 of 768 elements, largest difference {largest:.3g}\n" in text
+    assert text.endswith(f"and {3 * len(SMALL)} tensors differ\n")
+
+
+@pytest.mark.parametrize("arguments, line", [
+    (["inspect", "nowhere"], "nowhere: no such folder"), (["verify", "nowhere"], "nowhere: no such folder"),
+    (["verify", "."], ".: no checkpoint here"), (["diff", "."], "the following arguments are required"), ([], "command")])
+def test_mistakes_are_one_line(arguments, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
