@@ -38,7 +38,7 @@ class Reference:
         else:
             parts = [np.asarray(self.tokenizer.encode(text), np.int32) for text in texts]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-        return np.concatenate(parts) if parts else np.zeros(0, np.int32), lengths
+        return joined(parts, np.int32), lengths
 
 
 class Gigatoken:
@@ -60,8 +60,8 @@ class Gigatoken:
             self.model, self.seen = self.make(), 0
         self.seen += sum(map(len, texts))
         if not self.short:
-            parts = [self.model.encode(text) for text in texts] or [np.zeros(0, np.uint32)]
-            return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(texts))
+            parts = [self.model.encode(text) for text in texts]
+            return joined(parts, np.uint32), np.fromiter(map(len, parts), np.int64, len(texts))
         layout = self.model.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data)
         return np.asarray(layout.content.data)[offsets[0]:offsets[-1]], np.diff(offsets)
@@ -72,6 +72,11 @@ class Gigatoken:
         parts = [self.reference(texts[low:high]) if odd % 2 else self(texts[low:high])
                  for odd, (low, high) in enumerate(zip(edges, edges[1:], strict=False)) if high > low]
         return np.concatenate([ids for ids, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+
+
+def joined(parts: Sequence[np.ndarray], dtype) -> np.ndarray:
+    """All one after the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, dtype)
 
 
 def fast_backend(tokenizer: Tokenizer, short: bool = False) -> tuple[Backend | None, str]:

@@ -49,21 +49,23 @@ def encode(texts: Sequence[str], backend: Backend, eod: int | None, dtype: np.dt
         edges = np.concatenate([[0], np.cumsum(np.fromiter(map(len, sentences), np.int64, len(sentences)))])
         counts = np.diff(np.concatenate([[0], np.cumsum(lengths > 0)])[edges]).astype(np.int32)
     lengths = lengths[lengths > 0]
-    ids = narrow(ids, dtype)
-    if eod is None:
-        return Documents(ids, lengths.astype(np.int32), counts)
-    last = np.cumsum(counts, dtype=np.int64)[counts > 0] - 1  # the last sequence of each document that has one
-    return Documents(np.insert(ids, np.cumsum(lengths)[last], dtype.type(eod)), with_one_more(lengths, last), counts)
-
-
-def with_one_more(lengths: np.ndarray, places: np.ndarray) -> np.ndarray:
-    longer = lengths.astype(np.int32)
-    longer[places] += 1
-    return longer
-
-
-def narrow(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The ids in the dtype of the data set. Raises DataError if one doesn't fit."""
     if len(ids) and int(ids.max()) > np.iinfo(dtype).max:
         raise DataError(f"token id {int(ids.max())} doesn't fit {dtype}: the tokenizer gives ids beyond its vocabulary")
-    return ids.astype(dtype)
+    if eod is None:
+        return Documents(ids.astype(dtype), lengths.astype(np.int32), counts)
+    last = np.cumsum(counts, dtype=np.int64)[counts > 0] - 1  # the last sequence of each document that has one
+    tokens = with_ends(ids, np.cumsum(lengths, dtype=np.int64)[last].tolist(), eod, dtype)
+    longer = lengths.astype(np.int32)
+    longer[last] += 1
+    return Documents(tokens, longer, counts)
+
+
+def with_ends(ids: np.ndarray, ends: list[int], eod: int, dtype: np.dtype) -> np.ndarray:
+    """The ids [n] with `eod` put in at each of the ends, in the dtype of the data set; one copy, as a document may have 1 GB."""
+    tokens = np.empty(len(ids) + len(ends), dtype)
+    start = 0
+    for before, end in enumerate(ends):
+        tokens[start + before:end + before] = ids[start:end]
+        tokens[end + before] = eod
+        start = end
+    return tokens

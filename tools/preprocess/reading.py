@@ -140,12 +140,13 @@ def whole_lines(stream, start: int, end: int | None) -> Iterator[tuple[int, list
         held = [block[cut:]]
         if not text:
             return
-        lines = text.split(b"\n")
+        lines, size, last = text.split(b"\n"), len(text), not block
         if text.endswith(b"\n"):
             lines.pop()
-        yield position, lines if end is None or position + len(text) <= end else begin_before(lines, end - position)
-        position += len(text)
-        if not block:
+        del text, block  # a line may have 1 GB
+        yield position, lines if end is None or position + size <= end else begin_before(lines, end - position)
+        position += size
+        if last:
             return
 
 
