@@ -49,6 +49,11 @@ def outputs(prefix: Path) -> list[bytes | None]:
     return [path.read_bytes() if path.exists() else None for path in paths]
 
 
+def complete(prefix: Path) -> bool:
+    """Is the data set there, and nothing left to be done?"""
+    return Path(f"{prefix}.idx").exists() and not Path(f"{prefix}.work/run.json").exists()
+
+
 def kill_once(line: Sequence[str], delay: float, whole_group: bool) -> bool:
     """Start, and kill after so many seconds; False if it ended before. Raises AssertionError if a worker outlives it."""
     process = subprocess.Popen(line, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -69,11 +74,11 @@ def kill_once(line: Sequence[str], delay: float, whole_group: bool) -> bool:
 def disturbed(line: Sequence[str], prefix: Path, right: list[bytes | None], delays: Callable[[], float], group: bool) -> int:
     """One run, killed up to KILLS times; returns how often. Raises AssertionError if its result isn't the right one."""
     kills = 0
-    while kills < KILLS and kill_once(line, delays(), group):
+    while kills < KILLS and not complete(prefix) and kill_once(line, delays(), group):
         kills += 1
         bin_bytes, idx_bytes, _ = outputs(prefix)
         assert bin_bytes in (None, right[0]) and idx_bytes in (None, right[1]), "something half-written is under the final name"
-    if not Path(f"{prefix}.idx").exists() or Path(f"{prefix}.work/run.json").exists():
+    if not complete(prefix):
         subprocess.run(line, check=True, timeout=300, stdout=subprocess.DEVNULL)
     assert outputs(prefix) == right, "the result isn't that of the undisturbed run"
     return kills

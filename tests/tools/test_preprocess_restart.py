@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,31 @@ def test_full_disk_in_the_middle(tmp_path, text, monkeypatch, capsys):
     assert f"No space left on device; what is done is kept in {tmp_path}/out.work: the same command goes on" in err
     assert run("--input", text, "--output", tmp_path / "out", *PIECES) == 0
     assert outputs(tmp_path / "out") == outputs(tmp_path / "right")
+
+
+def from_pipe(path: Path, content: bytes, *arguments) -> int:
+    """Run with a named pipe as the input."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(content,))
+    writer.start()
+    try:
+        return run("--input", path, *arguments)
+    finally:
+        writer.join(30)
+
+
+def test_a_pipe_is_stored_and_compared(tmp_path, text, monkeypatch, capsys):
+    pipe, content, usual = tmp_path / "pipe", Path(text).read_bytes(), ("--output", tmp_path / "out", *PIECES)
+    with monkeypatch.context() as patch:
+        stop_at(patch, merge, "copy_bytes", 3)
+        with pytest.raises(SystemExit):
+            from_pipe(pipe, content, *usual)
+    assert from_pipe(pipe, content[:-9], *usual) == 2
+    assert f"{pipe} isn't what the run that is begun in {tmp_path}/out.work has read" in capsys.readouterr().err
+    assert from_pipe(pipe, content, *usual) == 0 and "going on" in capsys.readouterr().err
+    assert run("--input", text, "--output", tmp_path / "right", *PIECES) == 0
+    assert outputs(tmp_path / "out")[:2] == outputs(tmp_path / "right")[:2]
 
 
 def test_two_at_once(tmp_path, text, capsys):

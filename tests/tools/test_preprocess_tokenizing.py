@@ -141,6 +141,23 @@ def test_a_fast_one_that_differs(tmp_path, folder, monkeypatch, capsys, verify):
     assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "right.bin").read_bytes()
 
 
+class PanicException(BaseException):
+    """As pyo3 raises where Rust code panics."""
+
+
+def test_a_fast_one_that_fails(tmp_path, folder, monkeypatch, capsys):
+    class Failing:
+        name = "failing"
+
+        def __call__(self, texts):
+            raise PanicException("index out\nof bounds")
+
+    monkeypatch.setattr("megalm.tools.preprocess.program.fast_backend", lambda *_: (Failing(), ""))
+    path = json_lines(tmp_path / "a.jsonl", ["dog"])
+    assert run("--input", path, "--tokenizer", folder / "llama.model", "--output", tmp_path / "out") == 0
+    assert "failing gives other ids for nothing: it fails (index out of bounds)" in capsys.readouterr().err
+
+
 def test_without_the_fast_library(tmp_path, folder, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "gigatoken.gigatoken_rs", None)
     path = json_lines(tmp_path / "a.jsonl", ["dog"])

@@ -126,7 +126,12 @@ def choose(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequenc
             print(f"tokenizing at {reference.name}'s own speed: {why}", file=sys.stderr)
         return None, False, reference.name
     samples += strange_samples(tokenizer)
-    difference = first_difference(samples, fast, reference)
+    try:
+        difference = first_difference(samples, fast, reference)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a Rust library's, which is no Exception
+            raise
+        difference = f"nothing: it fails ({' '.join(str(error).split())})"
     if difference is None:
         return fast, short, f"{fast.name} (equal to {reference.name} on {len(samples):,} documents)"
     print(f"tokenizing at {reference.name}'s own speed: {fast.name} gives other ids for {difference}", file=sys.stderr)
