@@ -13,7 +13,7 @@ COMMANDS = {
     "train": ("megalm.launch.run", "train the model of a config; starts the ranks of this machine itself"),
     "plan": ("megalm.tools.plan", "what a config means on a cluster: ranks, layers, batch, memory, FLOPs; needs no GPU"),
     "kernels": ("megalm.tools.kernels", "what is compiled, and which backend each operation takes here and why"),
-    "preprocess": ("megalm.tools.preprocess", "text to .bin/.idx, cleaned if asked; goes on after a stop"),
+    "preprocess": ("megalm.tools.preprocess", "JSONL, plain text or parquet to .bin/.idx; goes on after a stop"),
     "data": ("megalm.tools.data.__main__", "merge, split, shuffle or inspect token files"),
     "train-tokenizer": ("megalm.tools.train_tokenizer", "train a SentencePiece or byte-level BPE tokenizer on text"),
     "convert": ("megalm.tools.convert", "checkpoints to Hugging Face folders and back"),
