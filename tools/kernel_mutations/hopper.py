@@ -6,7 +6,6 @@ from functools import partial
 from megalm.tools.kernel_mutations.mutation import Mutation
 
 _bug = partial(Mutation, "attention hopper")
-_SHARED, _MATRIX = "attention_hopper.cuh", "common/wgmma.cuh"
 _FORWARD, _BACKWARD = "attention_hopper_forward.cuh", "attention_hopper_backward.cuh"
 _SUMS = "attention_hopper_sums.cuh"
 
@@ -27,26 +26,6 @@ MUTATIONS = (
          "        matrix_settle(f.out);\n        warp_arrive(shared.values_left(before.stage));\n        f.scale_output();\n"),
     _bug("queries left before the last scores", _FORWARD, "      barrier_wait(shared.barriers + QUERIES_HERE, done++ % 2);\n",
          "      barrier_wait(shared.barriers + QUERIES_HERE, done++ % 2);\n      warp_arrive(shared.barriers + QUERIES_LEFT);\n"),
-    _bug("a turn passed to oneself", _FORWARD, "named_arrive(1 + (consumer() + 1) % CONSUMERS,", "named_arrive(1 + consumer(),"),
-    _bug("a turn that nobody begins", _FORWARD, "if (consumer() == CONSUMERS - 1) pass_turn();",
-         "if (consumer() == CONSUMERS) pass_turn();"),
-    _bug("the diagonal's tile unmasked", _FORWARD, "key >= all_begin && key + KEYS <= all_end;",
-         "key >= all_begin && key <= all_end;"),
-    _bug("one key beyond the diagonal", _FORWARD, "key >= end[i / 2]) scores", "key > end[i / 2]) scores"),
-    _bug("the output is not scaled to a new maximum", _FORWARD, "        f.scale_output();\n", ""),
-    _bug("every round goes forth", _FORWARD, "(round % 2 ? blocks - 1 - block : block)", "(round % 2 ? blocks - 1 : block)"),
-    _bug("eight rows half as far apart", _MATRIX, "return operand(start, 16, SWIZZLE_BYTES);",
-         "return operand(start, 16, SWIZZLE_BYTES / 2);"),
-    _bug("panels read across at the wrong distance", _MATRIX, "return operand(start, panel_bytes, SWIZZLE_BYTES);",
-         "return operand(start, SWIZZLE_BYTES, SWIZZLE_BYTES);"),
-    _bug("a second panel loaded over the first's half", _SHARED, "tile + panel * ROWS * PANEL_ROW, map",
-         "tile + panel * ROWS / 2 * PANEL_ROW, map"),
-    _bug("lanes that trade the wrong words", _SHARED, "upper ? words[i] : words[i + bit], bit)",
-         "upper ? words[i + bit] : words[i], bit)"),
-    _bug("slopes stored without the swizzle", _BACKWARD, "chunk = (n % 8) ^ (key & 7);", "chunk = n % 8;"),
-    _bug("slopes that matrix instructions may not see yet", _BACKWARD, "      fence_async();\n", ""),
-    _bug("slopes of the other warpgroup not waited for", _BACKWARD, "      named_wait(SLOPES, CONSUMERS * WARPGROUP);\n", ""),
-    _bug("one buffer of slopes for two turns", _BACKWARD, "shared.slopes + turn % 2 * SLOPE_BYTES;", "shared.slopes;"),
     _bug("gradients used, and queries left, while their products run", _BACKWARD,
          "      matrix_wait<1>();\n      matrix_settle(f.grad_v);\n      matrix_settle(f.grad_k);\n",
          "      matrix_wait<3>();\n"),
