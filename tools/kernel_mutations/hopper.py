@@ -6,6 +6,7 @@ from functools import partial
 from megalm.tools.kernel_mutations.mutation import Mutation
 
 _bug = partial(Mutation, "attention hopper")
+_MATRIX = "common/wgmma.cuh"
 _FORWARD, _BACKWARD = "attention_hopper_forward.cuh", "attention_hopper_backward.cuh"
 _SUMS = "attention_hopper_sums.cuh"
 
@@ -26,6 +27,11 @@ MUTATIONS = (
          "        matrix_settle(f.out);\n        warp_arrive(shared.values_left(before.stage));\n        f.scale_output();\n"),
     _bug("queries left before the last scores", _FORWARD, "      barrier_wait(shared.barriers + QUERIES_HERE, done++ % 2);\n",
          "      barrier_wait(shared.barriers + QUERIES_HERE, done++ % 2);\n      warp_arrive(shared.barriers + QUERIES_LEFT);\n"),
+    _bug("a turn passed to oneself", _FORWARD, "named_arrive(1 + (consumer() + 1) % CONSUMERS,", "named_arrive(1 + consumer(),"),
+    _bug("one key beyond the diagonal", _FORWARD, "key >= end[i / 2]) scores", "key > end[i / 2]) scores"),
+    _bug("the output is not scaled to a new maximum", _FORWARD, "        f.scale_output();\n", ""),
+    _bug("eight rows half as far apart", _MATRIX, "return operand(start, 16, SWIZZLE_BYTES);",
+         "return operand(start, 16, SWIZZLE_BYTES / 2);"),
     _bug("gradients used, and queries left, while their products run", _BACKWARD,
          "      matrix_wait<1>();\n      matrix_settle(f.grad_v);\n      matrix_settle(f.grad_k);\n",
          "      matrix_wait<3>();\n"),
