@@ -43,6 +43,8 @@ KINDS = ("deaths", "errors", "power", "kills")
 CODES = (errno.ENOSPC, errno.EIO, errno.EROFS)
 KILL_SECONDS = 0.25
 """Within which a kill comes: the writer's start and some saves."""
+CHILD_SECONDS = 60
+"""After which a process that should have been killed, or have ended, is."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def _killed(folder: Path, case: Case, victim: str, wait: float) -> bool:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(CHILD_SECONDS)
         code = 1
         with contextlib.suppress(BaseException), saver(folder, case.new, Disk(), case.keep) as saves:
             saves.write_in_background(torch.device("cpu"))
@@ -157,7 +160,11 @@ def _killed(folder: Path, case: Case, victim: str, wait: float) -> bool:
         os._exit(code)
     os.close(writing)
     with open(reading, "rb") as said:
-        writer = int(said.readline() or 0)
+        line = said.readline()
+        if not line:
+            os.waitpid(child, 0)
+            raise OSError("the process to kill ended by itself")
+        writer = int(line)
         time.sleep(wait)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child if victim == "rank" else writer, signal.SIGKILL)

@@ -113,6 +113,7 @@ def test_a_signal_to_the_process_group_doesn_t_reach_the_writer_and_its_parent_s
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(2 * SECONDS)
         try:
             saver = background(tmp_path, engines(SMALL, draw(SMALL)), Crew(1).member(0))
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -124,8 +125,10 @@ def test_a_signal_to_the_process_group_doesn_t_reach_the_writer_and_its_parent_s
         finally:
             os._exit(1)
     os.close(writing)
-    pid = int(os.read(reading, 100))
+    said = os.read(reading, 100)
     os.close(reading)
+    assert said, "the child has failed"
+    pid = int(said)
     assert find(tmp_path).name == "step_00000001"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
