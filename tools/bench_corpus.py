@@ -69,11 +69,11 @@ def ours(corpus: Path, output: Path, model: str, eod: str, workers: int, *more: 
             "--tokenizer", model, "--workers", str(workers), "--force", *ends, *kind, *more]
 
 
-def compare(corpus: Path, folder: Path, model: str, eod: str, pairs: int) -> dict:
+def compare(corpus: Path, folder: Path, model: str, eod: str, pairs: int, megatron: bool) -> dict:
     """All rivals on one tokenizer; raises ValueError if they don't write the same."""
     library = "tokenizers" if model.endswith(".json") else "sentencepiece"
     found = {"megalm": timed(ours(corpus, folder / "megalm", model, eod, 1), 1)}
-    for peer in (library, "megatron-core"):
+    for peer in (library, "megatron-core")[:1 + megatron]:
         command = [sys.executable, "-W", "ignore", "-m", "megalm.tools.bench_corpus_peers", peer, str(corpus), str(folder / peer)]
         found[peer] = timed([*command, model, eod], 1)
         if not same(str(folder / "megalm"), str(folder / peer)):
@@ -134,7 +134,8 @@ def bench(arguments: argparse.Namespace) -> int:
                 report["one_document"][Path(given).name] = one_document(folder, model, arguments.eod, arguments.document_bytes)
             else:
                 report["corpus_bytes"] = corpus.stat().st_size
-                report["tokenizers"][Path(given).name] = compare(corpus, folder, model, arguments.eod, arguments.pairs)
+                report["tokenizers"][Path(given).name] = compare(corpus, folder, model, arguments.eod, arguments.pairs,
+                                                               arguments.megatron)
     print(table(report))
     if arguments.out:
         write_atomically(Path(arguments.out), [json.dumps(report, indent=1).encode() + b"\n"])
@@ -150,6 +151,7 @@ def parser() -> Parser:
     add("--corpus", metavar="FILE.jsonl", help="by default the text of this Python's files")
     add("--megabytes", type=positive, default=100, help="of that text (100)")
     add("--pairs", type=int, default=3, help="pairs of one and two workers (3)")
+    add("--no-megatron", dest="megatron", action="store_false", help="without Megatron-Core, which takes seconds to start")
     add("--document-bytes", type=positive, help="instead: one document of so many bytes")
     add("--folder", help="where to work; by default the folder for temporary files")
     add("--out", metavar="FILE.json")
