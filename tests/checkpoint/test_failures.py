@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
 
 import pytest
 
@@ -111,6 +112,16 @@ def test_a_disk_that_is_really_full(small_disk):
     target = engines(parts, None)
     succeed(load_all(small_disk, target))
     assert wrong(target, draw(parts, seed=saved if saved > 1 else 0)) == []
+
+
+def test_a_read_only_file_system(small_disk):
+    succeed(save_all(small_disk, 1, ranks(OLD)))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for result in save_all(small_disk, 2, ranks(NEW), [Disk(), Disk()]):
+        assert isinstance(result, CheckpointError) and "[EROFS]" in str(result)
+    target = ranks(None)
+    succeed(load_all(small_disk, target))
+    assert wrong(target, OLD) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into a read-only folder")
