@@ -1,43 +1,29 @@
 // LayerNorm and RMSNorm, backward: each gradient and each input element is read once. Math: norm.h.
 //
 // A block goes through rows with a grid's stride and keeps the sums over its rows of the weight's and bias's gradient in registers,
-// with the next row's loads in flight while the current one is reduced. Rows too long for that (more than 512 threads with four
-// packs each) go through the caches again, and leave those sums to a kernel of their own.
+// with the next row's loads in flight while the current one is reduced. Long rows wait in shared memory instead of registers
+// (norm_backward_staged.cuh); what neither has room for, or is not aligned, goes through the caches again (norm_backward_long.cuh).
 #include "common/columns.cuh"
-#include "common/reduce.cuh"
-#include "common/rows.cuh"
-#include "norm.h"
+#include "norm_backward_long.cuh"
+#include "norm_backward_staged.cuh"
 
-namespace {
+namespace norm_backward {
 
 constexpr int64_t MAX_WIDTH = INT32_MAX / 2, MAX_ROWS = INT32_MAX;
-constexpr int HELD_THREADS = 512, LONG_THREADS = 512;
-constexpr int TILE_ROWS = 8;  // rows at a time of a tile in the kernel for long rows
-
-template <typename T> struct Arguments {
-  const T *grad_y, *grad_sum, *sum, *weight;
-  const compute_t<T> *mean, *rstd;
-  T *grad_x;
-  compute_t<T> *partial;
-  RowAddress address;
-  uint32_t rows;
-  int width;
-};
+constexpr int HELD_THREADS = 512;
 
 // What a thread reads of one row.
 template <typename T, int VEC, int PACKS> struct Row {
   Pack<T, VEC> grad[PACKS], sum[PACKS];
-  compute_t<T> mean, rstd;
+  RowStatistics<compute_t<T>> statistics;
 
   __device__ __forceinline__ void fetch(const Arguments<T> &a, uint32_t row) {
-    const bool here = row < a.rows;
-    mean = here && a.mean != nullptr ? a.mean[row] : compute_t<T>(0);
-    rstd = here ? a.rstd[row] : compute_t<T>(0);
+    statistics.fetch(a, row);
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
       const int column = (p * blockDim.x + threadIdx.x) * VEC;
       grad[p] = sum[p] = Pack<T, VEC>{};
-      if (!here || column >= a.width) continue;
+      if (row >= a.rows || column >= a.width) continue;
       grad[p] = load<VEC>(a.grad_y + int64_t(row) * a.width + column);
       sum[p] = load<VEC>(a.sum + a.address(row) + column);
     }
@@ -48,23 +34,17 @@ template <typename T, int VEC, int PACKS> struct Row {
 template <typename T, int VEC, int PACKS, bool LAYER_NORM>
 __global__ void __launch_bounds__(PACKS == 1 ? SMALL_BLOCK : HELD_THREADS) norm_backward(const Arguments<T> a) {
   using C = compute_t<T>;
-  constexpr bool PREFETCH = PACKS * VEC * (LAYER_NORM ? 2 : 1) <= 48, EARLY = PACKS <= 2;
   const C scale = C(1) / C(a.width);
   const uint32_t stride = gridDim.x * blockDim.y;
   C weight_sums[PACKS][VEC] = {}, bias_sums[PACKS][VEC] = {};
   Row<T, VEC, PACKS> next;
-  if (PREFETCH) next.fetch(a, blockIdx.x * blockDim.y + threadIdx.y);
+  next.fetch(a, blockIdx.x * blockDim.y + threadIdx.y);
   for (uint32_t first = blockIdx.x * blockDim.y; first < a.rows; first += stride) {
     const uint32_t row = first + threadIdx.y;
     const bool here = row < a.rows;  // all threads go through the reductions
-    Row<T, VEC, PACKS> now;
-    if (PREFETCH) {
-      now = next;
-      next.fetch(a, row + stride);
-    } else {
-      now.fetch(a, row);
-    }
-    Pack<T, VEC> others[PACKS];  // of grad_sum, early where registers allow
+    const Row<T, VEC, PACKS> now = next;
+    next.fetch(a, row + stride);
+    Pack<T, VEC> others[PACKS];  // of grad_sum
     Two<C> sums{C(0), C(0)};
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
@@ -73,31 +53,17 @@ __global__ void __launch_bounds__(PACKS == 1 ? SMALL_BLOCK : HELD_THREADS) norm_
       Pack<T, VEC> gain{};
       if (inside) gain = load<VEC>(a.weight + column);
       others[p] = Pack<T, VEC>{};
-      if (EARLY && inside && a.grad_sum != nullptr) others[p] = load<VEC>(a.grad_sum + int64_t(row) * a.width + column);
-#pragma unroll
-      for (int i = 0; i < VEC; i++) {
-        const C xhat = (now.sum[p][i] - now.mean) * now.rstd, grad = now.grad[p][i], scaled = grad * gain[i];
-        sums.first += scaled * xhat;
-        if (LAYER_NORM) sums.second += scaled;
-        weight_sums[p][i] += grad * xhat;
-        if (LAYER_NORM) bias_sums[p][i] += grad;
-      }
+      if (inside && a.grad_sum != nullptr) others[p] = load<VEC>(a.grad_sum + int64_t(row) * a.width + column);
+      add<LAYER_NORM>(sums, weight_sums[p], bias_sums[p], now.grad[p], now.sum[p], gain, now.statistics);
     }
     sums = sum_row(sums);
-    const C along = sums.first * scale, level = LAYER_NORM ? sums.second * scale : C(0);
+    const Two<C> means{sums.first * scale, LAYER_NORM ? sums.second * scale : C(0)};
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
       const int column = (p * blockDim.x + threadIdx.x) * VEC;
       if (!here || column >= a.width) continue;
       const Pack<T, VEC> gain = load<VEC>(a.weight + column);  // from L1: kept, it would cost the registers of a row
-      if (!EARLY && a.grad_sum != nullptr) others[p] = load<VEC>(a.grad_sum + int64_t(row) * a.width + column);
-      C out[VEC];
-#pragma unroll
-      for (int i = 0; i < VEC; i++) {
-        const C xhat = (now.sum[p][i] - now.mean) * now.rstd;
-        out[i] = now.rstd * (now.grad[p][i] * gain[i] - along * xhat - level) + others[p][i];
-      }
-      store<VEC>(a.grad_x + int64_t(row) * a.width + column, out);
+      write(a.grad_x + int64_t(row) * a.width + column, now.grad[p], now.sum[p], gain, others[p], now.statistics, means);
     }
   }
   MEGALM_DYNAMIC_SHARED(C, shared);  // [blockDim.y, width] where a block has several rows
@@ -109,9 +75,7 @@ __global__ void __launch_bounds__(PACKS == 1 ? SMALL_BLOCK : HELD_THREADS) norm_
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
       const int column = (p * blockDim.x + threadIdx.x) * VEC;
-      if (column >= a.width) continue;
-#pragma unroll
-      for (int i = 0; i < VEC; i++) mine[column + i] = which == 0 ? weight_sums[p][i] : bias_sums[p][i];
+      if (column < a.width) leave<VEC>(mine + column, which == 0 ? weight_sums[p] : bias_sums[p]);
     }
     if (blockDim.y == 1) continue;
     __syncthreads();
@@ -120,70 +84,6 @@ __global__ void __launch_bounds__(PACKS == 1 ? SMALL_BLOCK : HELD_THREADS) norm_
       C total = C(0);
       for (unsigned y = 0; y < blockDim.y; y++) total += shared[y * a.width + column];
       out[column] = total;
-    }
-  }
-}
-
-// A block a row of any length, without the sums over rows: what the second loop reads again is in L1 or L2.
-template <typename T, int VEC, bool LAYER_NORM>
-__global__ void __launch_bounds__(LONG_THREADS) norm_backward_long(const Arguments<T> a) {
-  using C = compute_t<T>;
-  const int64_t row = blockIdx.x;
-  const int first = threadIdx.x * VEC, step = LONG_THREADS * VEC;
-  const T *grad_y = a.grad_y + row * a.width, *sum = a.sum + a.address(blockIdx.x);
-  const C mean = LAYER_NORM ? a.mean[row] : C(0), rstd = a.rstd[row];
-  Two<C> sums{C(0), C(0)};
-  for (int column = first; column < a.width; column += step) {
-    const Pack<T, VEC> grad = load<VEC>(grad_y + column), value = load<VEC>(sum + column), gain = load<VEC>(a.weight + column);
-#pragma unroll
-    for (int i = 0; i < VEC; i++) {
-      sums.first += grad[i] * gain[i] * (value[i] - mean) * rstd;
-      if (LAYER_NORM) sums.second += grad[i] * gain[i];
-    }
-  }
-  sums = sum_row(sums);
-  const C along = sums.first / C(a.width), level = sums.second / C(a.width);
-  for (int column = first; column < a.width; column += step) {
-    const Pack<T, VEC> grad = load<VEC>(grad_y + column), value = load<VEC>(sum + column), gain = load<VEC>(a.weight + column);
-    Pack<T, VEC> other{};
-    if (a.grad_sum != nullptr) other = load<VEC>(a.grad_sum + row * a.width + column);
-    C out[VEC];
-#pragma unroll
-    for (int i = 0; i < VEC; i++) out[i] = rstd * (grad[i] * gain[i] - along * (value[i] - mean) * rstd - level) + other[i];
-    store<VEC>(a.grad_x + row * a.width + column, out);
-  }
-}
-
-// The sums over rows for long rows: block (x, y) has WARP * VEC columns of every gridDim.y-th group of TILE_ROWS rows.
-template <typename T, int VEC, bool LAYER_NORM>
-__global__ void __launch_bounds__(WARP * TILE_ROWS) norm_backward_tiles(const Arguments<T> a) {
-  using C = compute_t<T>;
-  const int column = (blockIdx.x * WARP + threadIdx.x) * VEC;
-  C weight_sums[VEC] = {}, bias_sums[VEC] = {};
-  if (column < a.width) {
-    for (uint32_t row = blockIdx.y * TILE_ROWS + threadIdx.y; row < a.rows; row += gridDim.y * TILE_ROWS) {
-      const Pack<T, VEC> grad = load<VEC>(a.grad_y + int64_t(row) * a.width + column);
-      const Pack<T, VEC> sum = load<VEC>(a.sum + a.address(row) + column);
-      const C mean = LAYER_NORM ? a.mean[row] : C(0), rstd = a.rstd[row];
-#pragma unroll
-      for (int i = 0; i < VEC; i++) {
-        weight_sums[i] += grad[i] * (sum[i] - mean) * rstd;
-        if (LAYER_NORM) bias_sums[i] += grad[i];
-      }
-    }
-  }
-  MEGALM_SHARED(C, shared, TILE_ROWS * WARP * VEC);
-#pragma unroll
-  for (int which = 0; which < (LAYER_NORM ? 2 : 1); which++) {
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < VEC; i++) shared[(threadIdx.y * WARP + threadIdx.x) * VEC + i] = which == 0 ? weight_sums[i] : bias_sums[i];
-    __syncthreads();
-    for (int at = threadIdx.y * WARP + threadIdx.x; at < WARP * VEC; at += WARP * TILE_ROWS) {
-      const int mine = blockIdx.x * WARP * VEC + at;
-      C total = C(0);
-      for (int y = 0; y < TILE_ROWS; y++) total += shared[y * WARP * VEC + at];
-      if (mine < a.width) a.partial[(int64_t(which) * gridDim.y + blockIdx.y) * a.width + mine] = total;
     }
   }
 }
@@ -212,14 +112,36 @@ struct Launcher {
     MEGALM_LAUNCH(kernel, dim3(unsigned(blocks)), shape.block(), shared, stream, arguments<T>(p));
   }
 
+  template <typename T, int PACKS, bool LAYER_NORM, bool CLUSTERS> bool staged() {
+    constexpr int VEC = vector_width<T>, UNIT = PACKS * VEC * WARP;
+    const auto kernel = norm_backward_staged<T, PACKS, LAYER_NORM, CLUSTERS>;
+    if (CLUSTERS && !has_clusters(kernel)) return false;
+    // Two blocks of a cluster fit a multiprocessor where they are half as large: one computes while the other waits.
+    int cluster = 1, most = CLUSTERS ? STAGED_THREADS / 2 : STAGED_THREADS;
+    while (CLUSTERS && cluster < MAX_CLUSTER && p.width > int64_t(cluster) * most * PACKS * VEC) cluster *= 2;
+    if (p.width > int64_t(cluster) * most * PACKS * VEC) most = STAGED_THREADS;
+    if (p.width > int64_t(cluster) * most * PACKS * VEC) return false;
+    const int share = int(ceil_div(p.width / VEC, int64_t(cluster))) * VEC, threads = ceil_div(share, UNIT) * WARP;
+    const size_t shared = size_t(STAGES) * 2 * PACKS * threads * VEC * sizeof(T);
+    if (!allow_shared(kernel, shared)) return false;
+    blocks = min(p.rows, CLUSTERS ? resident_clusters(kernel, cluster, threads, shared) : resident_blocks(kernel, threads, shared));
+    if (count_only) return true;
+    const dim3 grid(unsigned(blocks * cluster));
+    if constexpr (CLUSTERS)
+      MEGALM_LAUNCH_CLUSTERS(kernel, cluster, grid, dim3(threads), shared, stream, arguments<T>(p), cluster, share);
+    else
+      MEGALM_LAUNCH(kernel, grid, dim3(threads), shared, stream, arguments<T>(p), cluster, share);
+    return true;
+  }
+
   template <typename T, int VEC, bool LAYER_NORM> void long_rows() {
-    const int64_t across = ceil_div(p.width, int64_t(WARP * VEC));
-    blocks = min(ceil_div(p.rows, int64_t(TILE_ROWS)), max(int64_t(1), int64_t(8) * processors() / across));
+    const auto tiles = norm_backward_tiles<T, VEC, LAYER_NORM>;
+    const dim3 grid = tile_grid(tiles, p.rows, p.width, VEC, LONG_UNROLL);
+    blocks = grid.y;
     if (count_only) return;
     const auto rows = norm_backward_long<T, VEC, LAYER_NORM>;
     MEGALM_LAUNCH(rows, dim3(unsigned(p.rows)), dim3(LONG_THREADS), 0, stream, arguments<T>(p));
-    const auto tiles = norm_backward_tiles<T, VEC, LAYER_NORM>;
-    MEGALM_LAUNCH(tiles, dim3(unsigned(across), unsigned(blocks)), dim3(WARP, TILE_ROWS), 0, stream, arguments<T>(p));
+    MEGALM_LAUNCH(tiles, grid, dim3(WARP, TILE_ROWS), 0, stream, arguments<T>(p));
   }
 
   template <typename T, bool LAYER_NORM> void typed() {
@@ -229,12 +151,14 @@ struct Launcher {
     if (!vectors) return p.width <= 4 * HELD_THREADS ? held<T, 1, 4, LAYER_NORM>() : long_rows<T, 1, LAYER_NORM>();
     if (p.width <= 16 * VEC) return held<T, VEC, 1, LAYER_NORM>();
     if (p.width <= 2 * HELD) return held<T, VEC, 2, LAYER_NORM>();
-    if (p.width <= 3 * HELD) return held<T, VEC, 3, LAYER_NORM>();
-    return p.width <= 4 * HELD ? held<T, VEC, 4, LAYER_NORM>() : long_rows<T, VEC, LAYER_NORM>();
+    if (p.width <= 3 * HELD && staged<T, 3, LAYER_NORM, false>()) return;
+    if (p.width <= 4 * HELD && staged<T, 4, LAYER_NORM, false>()) return;
+    if (p.width <= 4 * HELD || !staged<T, 4, LAYER_NORM, true>()) long_rows<T, VEC, LAYER_NORM>();
   }
 
   int run() {
-    if (p.width < 1 || p.width > MAX_WIDTH || p.rows < 1 || p.rows > MAX_ROWS || p.inner < 1) return cudaErrorInvalidValue;
+    if (p.width < 1 || p.width > MAX_WIDTH || p.rows < 1 || p.rows > MAX_ROWS || p.inner < 1 || !aligned<float>(p.partial))
+      return cudaErrorInvalidValue;
     MEGALM_DISPATCH(p.dtype, p.layer_norm ? typed<T, true>() : typed<T, false>());
     return cudaSuccess;
   }
@@ -250,11 +174,11 @@ int run(const megalm_norm_backward_params &p, megalm_stream stream) {
   return cudaSuccess;
 }
 
-}  // namespace
+}  // namespace norm_backward
 
-MEGALM_DEFINE(norm_backward, run)
+MEGALM_DEFINE(norm_backward, norm_backward::run)
 
 int64_t megalm_norm_backward_blocks(const megalm_norm_backward_params *params) {
-  Launcher launcher{*params, nullptr, true};
+  norm_backward::Launcher launcher{*params, nullptr, true};
   return launcher.run() == cudaSuccess ? launcher.blocks : 0;
 }

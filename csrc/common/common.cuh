@@ -145,3 +145,14 @@ template <typename Kernel> inline int64_t resident_blocks(Kernel kernel, int thr
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes);
   return int64_t(each > 0 ? each : 1) * processors();
 }
+
+// Of a question whose answer may be no: the error is not left for the launch.
+inline bool succeeded(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess;
+}
+
+// Whether blocks of `kernel` can have so much dynamic shared memory.
+template <typename Kernel> inline bool allow_shared(Kernel kernel, size_t bytes) {
+  return succeeded(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}

@@ -39,16 +39,16 @@ constexpr size_t MAX_SHARED = 227 * 1024;
 constexpr int PROCESSORS = 3, BLOCKS_EACH = 2;  // small and odd, so that grids of a few rows already loop
 inline cudaError_t &pending() { static cudaError_t it = cudaSuccess; return it; }
 
-template <class Body> void launch(dim3 grid, dim3 size, size_t shared_bytes, const Body &body) {
+template <class Body> void launch(dim3 grid, dim3 size, size_t shared_bytes, const Body &body, int cluster = 1) {
   const int64_t threads = int64_t(size.x) * size.y * size.z;
   const bool fits = threads >= 1 && threads <= 1024 && grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffffu &&
-                    grid.y <= 65535 && grid.z <= 65535 && shared_bytes <= MAX_SHARED;
+                    grid.y <= 65535 && grid.z <= 65535 && shared_bytes <= MAX_SHARED && grid.x % cluster == 0;
   if (!fits) {
     pending() = cudaErrorInvalidConfiguration;
     state().error = "invalid launch configuration";
     return;
   }
-  const std::string error = run_grid(grid, size, shared_bytes, body);
+  const std::string error = run_grid(grid, size, shared_bytes, body, cluster);
   if (error.empty()) return;
   pending() = cudaErrorLaunchFailure;
   state().error = error;
@@ -96,8 +96,8 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr which, int)
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) { std::memset(to, value, bytes); return cudaSuccess; }
-template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Kernel, int, size_t) {
-  *blocks = shim::BLOCKS_EACH;
+template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Kernel, int, size_t shared_bytes) {
+  *blocks = shared_bytes > shim::MAX_SHARED / 3 ? 1 : shim::BLOCKS_EACH;
   return cudaSuccess;
 }
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) { return cudaSuccess; }

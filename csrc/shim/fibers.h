@@ -30,7 +30,7 @@ namespace shim {
 
 constexpr size_t STACK_BYTES = 96 * 1024;
 constexpr int LANES = 32, SLOT_BYTES = 32;
-enum class Wait { none, block, warp, named, phase, matrix, never };  // named, phase, matrix: shim/hopper.h
+enum class Wait { none, block, cluster, warp, named, phase, matrix, never };  // named, phase, matrix: shim/hopper.h
 
 struct Warp {
   uint32_t present = 0, arrived = 0, mask = 0;
@@ -71,7 +71,10 @@ struct Array { const void *site; std::vector<unsigned char> bytes; };
 
 struct Block {
   dim3 index, size, grid;
-  int alive = 0, at_barrier = 0, votes = 0, voted = 0;
+  Block *cluster = nullptr;  // all blocks of the cluster, a block alone being one
+  int blocks = 1;
+  bool started = false;
+  int alive = 0, at_barrier = 0, at_cluster = 0, votes = 0, voted = 0;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<Array> arrays;
@@ -185,13 +188,37 @@ inline const unsigned char (*exchange(uint32_t mask, const void *value, size_t b
   return slots;
 }
 
-// The block's array of a declaration, NaN when the block first comes there.
-inline void *shared_array(const void *site, size_t bytes) {
-  Block &b = *self().block;
+inline void cluster_barrier() {
+  Fiber &f = self();
+  f.block->at_cluster++;
+  f.wait = Wait::cluster;
+  while (f.wait != Wait::none) pause();
+}
+
+inline void *array_of(Block &b, const void *site, size_t bytes) {
   for (Array &array : b.arrays)
     if (array.site == site) return array.bytes.data();
   b.arrays.push_back({site, std::vector<unsigned char>(bytes, 0xff)});
   return b.arrays.back().bytes.data();
+}
+
+// The block's array of a declaration, NaN when the block first comes there.
+inline void *shared_array(const void *site, size_t bytes) { return array_of(*self().block, site, bytes); }
+
+// Where block `rank` of the cluster has what the caller's has at `mine`. One that may not have begun or has left has nothing there.
+inline void *in_cluster(const void *mine, int rank) {
+  Block &b = *self().block;
+  if (rank < 0 || rank >= b.blocks) fail("a block that the cluster does not have is written to");
+  Block &other = b.cluster[rank];
+  if (!other.started) fail("a block of the cluster is written to that may not have begun");
+  if (other.alive == 0) fail("a block of the cluster is written to that has left");
+  const auto *place = static_cast<const unsigned char *>(mine);
+  for (const Array &array : b.arrays) {
+    const auto *first = array.bytes.data();
+    if (place >= first && place < first + array.bytes.size())
+      return static_cast<unsigned char *>(array_of(other, array.site, array.bytes.size())) + (place - first);
+  }
+  fail("what a cluster shares is no shared memory");
 }
 
 inline std::vector<int64_t> ordered(int64_t count, unsigned order) {
@@ -212,13 +239,26 @@ inline bool release(Block &b) {
   return true;
 }
 
+// Lets everybody who waits at the cluster's barrier go on if all who are left in its blocks stand there.
+inline bool release_cluster(std::vector<Block> &blocks) {
+  int alive = 0, waiting = 0;
+  for (const Block &b : blocks) alive += b.alive, waiting += b.at_cluster;
+  if (alive == 0 || waiting != alive) return false;
+  for (Block &b : blocks) {
+    b.at_cluster = 0;
+    for (Fiber &f : b.fibers)
+      if (f.wait == Wait::cluster) f.wait = Wait::none;
+  }
+  return true;
+}
+
 // One turn of each of these threads that can go on; whether any could.
 inline bool take_turns(Block &b, const int64_t *first, const int64_t *last) {
   bool moved = false;
   for (const int64_t *index = first; index != last && b.error.empty(); index++) {
     Fiber &f = b.fibers[*index];
     if (f.done || f.wait != Wait::none) continue;
-    moved = true;
+    moved = b.started = true;
     resume(f);
     if (!f.done) continue;
     b.alive--;
@@ -228,7 +268,7 @@ inline bool take_turns(Block &b, const int64_t *first, const int64_t *last) {
 }
 
 inline bool progress(Block &b) {
-  if (b.progress == nullptr) return false;
+  if (b.progress == nullptr || b.alive == 0) return false;
   state().scheduling = true;
   bool moved = false;
   try {
@@ -240,62 +280,98 @@ inline bool progress(Block &b) {
   return moved;
 }
 
-inline void run_block(Block &b) {
-  std::vector<int64_t> order = ordered(int64_t(b.fibers.size()), state().order);
+// One turn of the block's threads, each warp as far ahead as it can in an odd order; whether any could go on.
+inline bool run_block(Block &b, const std::vector<int64_t> &order) {
   const bool ahead = state().order % 2 == 1;
-  const auto warp_rank = ordered(int64_t(b.warps.size()), state().order);
+  bool moved = false;
+  for (size_t at = 0, next; at < order.size(); at = next) {
+    next = order.size();
+    if (ahead) for (next = at + 1; next < order.size() && order[next] / LANES == order[at] / LANES;) next++;
+    while (take_turns(b, order.data() + at, order.data() + next)) {
+      moved = true;
+      if (!ahead) break;
+    }
+  }
+  return release(b) || moved;
+}
+
+// The blocks of a cluster to their end, in an odd order each as far ahead of the others as it can; what is wrong is in one's `error`.
+inline void run_cluster(std::vector<Block> &blocks) {
+  const auto ranks = ordered(int64_t(blocks.size()), state().order);
+  std::vector<int64_t> order = ordered(int64_t(blocks[0].fibers.size()), state().order);
+  const bool ahead = state().order % 2 == 1;
+  const auto warp_rank = ordered(int64_t(blocks[0].warps.size()), state().order);
   if (ahead)
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t c) { return warp_rank[a / LANES] < warp_rank[c / LANES]; });
-  while (b.alive > 0 && b.error.empty()) {
+  for (;;) {
     bool moved = false;
-    for (size_t at = 0, next; at < order.size(); at = next) {
-      next = order.size();
-      if (ahead) for (next = at + 1; next < order.size() && order[next] / LANES == order[at] / LANES;) next++;
-      do {
-        if (!take_turns(b, order.data() + at, order.data() + next)) break;
+    int alive = 0;
+    for (int64_t rank : ranks) {
+      Block &b = blocks[rank];
+      while (run_block(b, order)) {
         moved = true;
-      } while (ahead);
+        if (!ahead) break;
+      }
+      if (!b.error.empty()) return;
+      alive += b.alive;
     }
-    if (!release(b) && !moved && !progress(b) && b.error.empty()) b.error = "deadlock: some threads of a block wait where the others never come";
+    if (alive == 0) break;
+    if (release_cluster(blocks) || moved) continue;
+    for (Block &b : blocks) moved = progress(b) || moved;
+    for (const Block &b : blocks) if (!b.error.empty()) return;
+    if (!moved) {
+      blocks[0].error = "deadlock: some threads of a block wait where the others never come";
+      return;
+    }
   }
-  if (b.error.empty() && b.finish != nullptr) b.error = b.finish(b);
+  for (Block &b : blocks) if (b.finish != nullptr) b.error = b.finish(b);
 }
 
-inline void make_fibers(Block &b) {
-  const int count = int(b.size.x * b.size.y * b.size.z);
-  if (state().stacks_bytes < count * STACK_BYTES) {
-    state().stacks_bytes = count * STACK_BYTES;
+inline void make_fibers(std::vector<Block> &blocks) {
+  const dim3 size = blocks[0].size;
+  const int count = int(size.x * size.y * size.z);
+  if (state().stacks_bytes < blocks.size() * count * STACK_BYTES) {
+    state().stacks_bytes = blocks.size() * count * STACK_BYTES;
     state().stacks.reset(new unsigned char[state().stacks_bytes]);
   }
-  b.fibers.resize(count);
-  b.warps.resize((count + LANES - 1) / LANES);
-  b.alive = count;
-  for (int t = 0; t < count; t++) {
-    Fiber &f = b.fibers[t];
-    f.thread = dim3(t % b.size.x, t / b.size.x % b.size.y, t / b.size.x / b.size.y);
-    f.lane = t % LANES;
-    f.warp = &b.warps[t / LANES];
-    f.warp->present |= 1u << f.lane;
-    f.block = &b;
-    prepare(f, state().stacks.get() + t * STACK_BYTES);
+  unsigned char *stack = state().stacks.get();
+  for (Block &b : blocks) {
+    b.cluster = blocks.data();
+    b.blocks = int(blocks.size());
+    b.fibers.resize(count);
+    b.warps.resize((count + LANES - 1) / LANES);
+    b.alive = count;
+    for (int t = 0; t < count; t++, stack += STACK_BYTES) {
+      Fiber &f = b.fibers[t];
+      f.thread = dim3(t % size.x, t / size.x % size.y, t / size.x / size.y);
+      f.lane = t % LANES;
+      f.warp = &b.warps[t / LANES];
+      f.warp->present |= 1u << f.lane;
+      f.block = &b;
+      prepare(f, stack);
+    }
   }
 }
 
-// Runs the body for every thread of every block; returns what is wrong, or an empty string.
-template <class Body> std::string run_grid(dim3 grid, dim3 size, size_t shared_bytes, const Body &body) {
-  const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;
-  for (int64_t i : ordered(blocks, state().order)) {
-    Block b;
-    b.index = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
-    b.size = size;
-    b.grid = grid;
-    b.dynamic.assign(shared_bytes, 0xff);
-    b.body = &body;
-    b.run = [](const void *it) { (*static_cast<const Body *>(it))(); };
-    make_fibers(b);
-    run_block(b);
-    if (!b.error.empty())
-      return b.error + " (block " + std::to_string(b.index.x) + ", " + std::to_string(b.index.y) + ", " + std::to_string(b.index.z) + ")";
+// Runs the body for every thread of every block, `cluster` neighbours in x at once; returns what is wrong, or an empty string.
+template <class Body> std::string run_grid(dim3 grid, dim3 size, size_t shared_bytes, const Body &body, int cluster) {
+  const int64_t clusters = int64_t(grid.x) * grid.y * grid.z / cluster;
+  for (int64_t i : ordered(clusters, state().order)) {
+    std::vector<Block> blocks(cluster);
+    for (int64_t rank = 0, at = i * cluster; rank < cluster; rank++, at++) {
+      Block &b = blocks[rank];
+      b.index = dim3(at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y);
+      b.size = size;
+      b.grid = grid;
+      b.dynamic.assign(shared_bytes, 0xff);
+      b.body = &body;
+      b.run = [](const void *it) { (*static_cast<const Body *>(it))(); };
+    }
+    make_fibers(blocks);
+    run_cluster(blocks);
+    for (const Block &b : blocks)
+      if (!b.error.empty())
+        return b.error + " (block " + std::to_string(b.index.x) + ", " + std::to_string(b.index.y) + ", " + std::to_string(b.index.z) + ")";
   }
   return "";
 }

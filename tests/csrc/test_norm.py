@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from megalm.ops.kernels.norm import norm_backward, norm_forward
+from megalm.ops.kernels.norm import _BACKWARD, norm_backward, norm_forward
 from megalm.ops.norm import add_norm, norm
-from megalm.tools.kernel_cases.accuracy import randn
+from megalm.tools.kernel_cases.accuracy import assert_within_twice, randn
+from megalm.tools.kernel_cases.case import HALF_AND_FULL
 
 KINDS = ["layer_norm", "rms_norm"]
 
@@ -79,3 +82,28 @@ def test_what_is_refused(shim):
         norm(x, torch.ones(4), None, 1e-5, kind="rms_norm", backend="megalm")
     with pytest.raises(ValueError, match="float32, float16 and bfloat16, not int64"):
         norm(x.long(), torch.ones(8).long(), None, 1e-5, kind="rms_norm", backend="megalm")
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_rows_where_there_are_no_clusters(shim, kind, dtype):
+    """As on an sm_80, which the shim is in order 1: the inputs are read again."""
+    shim.set_order(1)
+    inputs = [tensor.detach() for tensor in tensors(kind, 3, 16448)]
+
+    def run(x, residual, weight, bias=None, *, backend):
+        return add_norm(x, residual, weight, bias, 1e-5, kind=kind, backend=backend)
+
+    assert_within_twice(*(partial(run, backend=backend) for backend in ("megalm", "torch", "reference")), inputs,
+                        [randn(3, 16448, seed=5), randn(3, 16448, seed=6)], dtype)
+
+
+def test_partial_sums_that_are_not_aligned_are_refused(shim):
+    """They are written 16 bytes at a time."""
+    x = torch.ones(2, 8)
+    values = dict(grad_y=x, sum=x, weight=x[0], rstd=torch.ones(2), grad_x=torch.empty_like(x), grad_weight=torch.empty(8),
+                  rows=2, width=8, inner=1, outer_stride=8, inner_stride=8, layer_norm=False, dtype=0)
+    values |= dict.fromkeys(("grad_sum", "mean", "grad_bias"))
+    blocks = _BACKWARD.count("blocks", x.device, partial=None, blocks=0, **values)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        _BACKWARD(x.device, partial=torch.empty(8 * blocks + 1)[1:], blocks=blocks, **values)

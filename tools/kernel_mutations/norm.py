@@ -6,8 +6,9 @@ from functools import partial
 from megalm.tools.kernel_mutations.mutation import Mutation
 
 _bug = partial(Mutation, "norm")
-_FORWARD, _BACKWARD, _REDUCE, _COLUMNS, _ROWS = (
-    "norm_forward.cu", "norm_backward.cu", "common/reduce.cuh", "common/columns.cuh", "common/rows.cuh")
+_FORWARD, _BACKWARD, _SHARED, _STAGED, _LONG = (
+    "norm_forward.cu", "norm_backward.cu", "norm_backward.cuh", "norm_backward_staged.cuh", "norm_backward_long.cuh")
+_REDUCE, _CLUSTER, _COLUMNS, _ROWS = "common/reduce.cuh", "common/cluster.cuh", "common/columns.cuh", "common/rows.cuh"
 
 MUTATIONS = (
     _bug("no barrier before a block's reduction writes what the last one still reads", _REDUCE,
@@ -34,21 +35,41 @@ MUTATIONS = (
          "  if (residual != nullptr) from = sum + row * width;  // a thread reads what it wrote itself\n", ""),
     _bug("the mean of rms_norm is subtracted", _FORWARD, "layer_norm ? reduce_row<Sum>(total) * scale : C(0)",
          "reduce_row<Sum>(total) * scale"),
-    _bug("the gradient's level has the wrong sign", _BACKWARD, "- along * xhat - level) + others",
-         "- along * xhat + level) + others"),
+    _bug("the gradient's level has the wrong sign", _SHARED, "- means.first * xhat - means.second) + others",
+         "- means.first * xhat + means.second) + others"),
     _bug("the next row is that of the next block only", _BACKWARD, "next.fetch(a, row + stride);",
          "next.fetch(a, row + gridDim.x);"),
     _bug("the bias's partial sums overwrite the weight's", _BACKWARD, "(int64_t(which) * gridDim.x + blockIdx.x) * a.width;",
          "int64_t(blockIdx.x) * a.width;"),
     _bug("no barrier before the rows of a block are added up", _BACKWARD,
          "    if (blockDim.y == 1) continue;\n    __syncthreads();\n", "    if (blockDim.y == 1) continue;\n"),
-    _bug("weight and bias gradients swapped", _BACKWARD, "mine[column + i] = which == 0 ? weight_sums",
-         "mine[column + i] = which == 1 ? weight_sums"),
-    _bug("what reaches the sum on its other way is lost for short rows", _BACKWARD,
-         "if (EARLY && inside && a.grad_sum != nullptr)", "if (false)"),
-    _bug("tiles of long rows skip every second group of rows", _BACKWARD, "row += gridDim.y * TILE_ROWS) {",
-         "row += 2 * gridDim.y * TILE_ROWS) {"),
-    _bug("a tile's columns are not guarded", _BACKWARD, "if (mine < a.width) a.partial", "a.partial"),
+    _bug("weight and bias gradients swapped", _BACKWARD, "which == 0 ? weight_sums[p]", "which == 1 ? weight_sums[p]"),
+    _bug("what reaches the sum on its other way is lost for short rows", _BACKWARD, "if (inside && a.grad_sum != nullptr)",
+         "if (false)"),
+    _bug("what reaches the sum on its other way is lost for long rows", _STAGED, "if (a.grad_sum != nullptr && column < end)",
+         "if (false)"),
+    _bug("what reaches the sum on its other way is lost for the longest rows", _LONG, "if (a.grad_sum != nullptr) other",
+         "if (false) other"),
+    _bug("packs of the first row are not waited for", _STAGED, "copy_wait<STAGES - 1>()", "copy_wait<STAGES>()"),
+    _bug("the row after the next is copied over the next", _STAGED, "fetch(stage, p, later, column)",
+         "fetch(stage ^ 1, p, later, column)"),
+    _bug("the next row is copied twice", _STAGED, "later = row + STAGES * groups", "later = row + groups"),
+    _bug("the statistics of the next row in memory", _STAGED, "next.fetch(a, row + groups)", "next.fetch(a, row + 1)"),
+    _bug("a block's share goes beyond the row", _STAGED, "min(a.width, begin + share)", "begin + share"),
+    _bug("long rows' bias sums overwrite the weight's", _STAGED, "leave<VEC>(out + int64_t(groups) * a.width, bias_sums[p])",
+         "leave<VEC>(out, bias_sums[p])"),
+    _bug("the second half of a pack's column sums is lost", _SHARED, "some[i] = sums[from + i]", "some[i] = sums[i]"),
+    _bug("a cluster's blocks are written to before they are there", _STAGED,
+         "  if constexpr (CLUSTERS) cluster_barrier();  // the others are there: their shared memory may be written to\n", ""),
+    _bug("a cluster's sums reach the block itself only", _CLUSTER, "rank * warps + warp, lane, value)",
+         "rank * warps + warp, rank, value)"),
+    _bug("only the block waits for a cluster's sums", _CLUSTER, "    cluster_barrier();\n  } else",
+         "    __syncthreads();\n  } else"),
+    _bug("the next row's sums overwrite what a slow warp reads", _CLUSTER, "partial + turn * PLACES", "partial"),
+    _bug("a cluster's sum over one block's warps", _CLUSTER, "at < cluster * warps", "at < warps"),
+    _bug("tiles of long rows skip every second group of rows", _LONG, "step = gridDim.y * (TILE_ROWS * LONG_UNROLL)",
+         "step = 2 * gridDim.y * (TILE_ROWS * LONG_UNROLL)"),
+    _bug("no barrier between the two sums of a tile", _LONG, "  __syncthreads();  // the weight's have been added up\n", ""),
     _bug("the sum over blocks leaves out the first", _COLUMNS, "block = threadIdx.y; block", "block = threadIdx.y + 1; block"),
     _bug("no barrier before the sum over blocks ends", _COLUMNS, "= sum;\n  __syncthreads();\n", "= sum;\n"),
     _bug("rows inside a projection take the wrong stride", _ROWS, "(row % inner) * inner_stride", "(row % inner) * outer_stride"),
