@@ -11,7 +11,7 @@ from megalm.tools.kernel_cases.case import Case
 
 # Rows of every path: parts of a warp, a warp, blocks of two packs a thread, blocks with shared memory and clusters of them (some
 # with three rows), the loops for longer rows; odd widths, which have no 16-byte accesses; more rows than a grid has places for.
-SMALL = [(7, 33), (200, 64), (13, 128), (5, 127), (3, 1000), (7, 2051), (2, 8192), (7, 8200), (4, 12296), (7, 16392), (9, 5001)]
+SMALL = [(7, 33), (200, 64), (13, 128), (5, 127), (3, 1000), (17, 2051), (2, 8192), (7, 8200), (4, 12296), (7, 16392), (9, 5001)]
 LARGE = [(8192, 1024), (8192, 4096), (1024, 12288), (2048, 32768), (1024, 16384), (8, 8192), (4097, 4095), (262144, 128)]
 
 
