@@ -72,10 +72,10 @@ def test_a_resumed_run_has_the_same_bits_and_tools_take_it(serial, tmp_path, cap
     expected, found = read_weights(serial, ema=True), read_weights(folder, ema=True)
     assert all(torch.equal(found[part], expected[part]) for part in expected)
     device, ids = torch.device("cpu"), list(b"abc")
-    average, plain = (load_model(find(folder), device, ema).next_logits(ids) for ema in (True, False))
+    average, plain = (load_model(find(folder), device, ema).next_logits([ids]) for ema in (True, False))
     assert not torch.equal(average, plain)
     assert convert(["--from", str(folder), "--to", str(tmp_path / "average"), "--ema"]) == 0
-    assert torch.equal(load_model(find(tmp_path / "average"), device).next_logits(ids), average)
+    assert torch.equal(load_model(find(tmp_path / "average"), device).next_logits([ids]), average)
     assert convert(["--from", str(tmp_path / "average"), "--to", str(tmp_path / "again"), "--ema"]) == 2
     assert "has no moving average: optimizer.ema_decay wasn't set" in capsys.readouterr().err
 

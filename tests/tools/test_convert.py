@@ -50,7 +50,7 @@ def test_there_and_back(name, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0, -1]
-    torch.testing.assert_close(loaded.next_logits(ids), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(loaded.next_logits([ids])[0], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("model, family", [(GPT2, "gpt2"), (LLAMA, "qwen3")], ids=["gpt2", "qwen3"])
@@ -65,7 +65,7 @@ def test_a_run_of_eight_ranks_to_transformers_and_back(model, family, tmp_path):
     ids = list(b"def main(")
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0, -1]
-    torch.testing.assert_close(load_model(folder, CPU).next_logits(ids), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load_model(folder, CPU).next_logits([ids])[0], expected, atol=1e-4, rtol=0)
     assert main(["--from", f"hf:{tmp_path / 'hf'}", "--to", str(tmp_path / "back")]) == 0
     before, after = read_weights(folder), read_weights(tmp_path / "back")
     assert set(before) == set(after)

@@ -333,5 +333,5 @@ def test_what_an_engine_wrote_predicts_as_the_model_in_place_did(engine, tmp_pat
             continue
         before = parameter.data.clone()
         parameter.data = before.flip(0) if before.dim() == 2 else before * 0.5
-        assert abs(loss() - in_place) > 2 * bound, name
+        assert abs(loss() - in_place) > bound, name
         parameter.data = before

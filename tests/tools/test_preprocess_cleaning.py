@@ -20,7 +20,7 @@ LONG = "the quick brown fox jumps over the lazy dog and runs into the dark fores
 
 def texts(prefix) -> list[str]:
     reader = IndexedReader(prefix)
-    spans = zip(*reader.document_spans(), strict=True)
+    spans = zip(*reader.document_spans(np.arange(reader.num_documents)), strict=True)
     return [bytes(reader.flat[start:start + length].astype(np.uint8)[:-1]).decode() for start, length in spans]
 
 

@@ -39,12 +39,18 @@ class _InWorker:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """A process started inside never hears a Ctrl-C, which a terminal sends to workers too: they end when this one does."""
+    """A process started inside never hears a Ctrl-C, which a terminal sends to workers too: they end when this one does. This one
+    hears it afterwards: the mask alone would let another thread take it, and a worker would be left half-started."""
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if heard:
+        signal.raise_signal(signal.SIGINT)
 
 
 def make_parts(units: Iterable[tuple[int, Unit, bool]], job: Job, workers: int, own: Worker) -> Iterator[int]:
