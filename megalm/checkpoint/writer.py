@@ -57,12 +57,12 @@ def main(parent: int, line: int, memory: int, size: int, root: str) -> None:
         os.nice(NICE)
     performer = Performer(Path(root), Disk())
     with mmap.mmap(memory, size, prot=mmap.PROT_READ) as shared, socket.socket(fileno=line) as ours:
-        view, remembered = memoryview(shared), []
-        for job in ours.makefile("rb"):
-            answer = perform(performer, json.loads(job), view, remembered)
-            if answer is not None:
-                ours.sendall(json.dumps(dataclasses.asdict(answer)).encode() + b"\n")
-        view.release()
+        remembered: list = []
+        with memoryview(shared) as view:
+            for job in ours.makefile("rb"):
+                answer = perform(performer, json.loads(job), view, remembered)
+                if answer is not None:
+                    ours.sendall(json.dumps(dataclasses.asdict(answer)).encode() + b"\n")
 
 
 def perform(performer: Performer, job: dict[str, Any], memory: memoryview, remembered: list) -> Answer | None:
@@ -92,7 +92,7 @@ class Writer:
         ours, theirs = socket.socketpair()
         self._line, self._received, self._busy = ours, b"", False
         self._line.settimeout(LINE_SECONDS)
-        self._told: list[tuple] = []
+        self._told: list[tuple] | None = None  # a rank may own nothing, and tells that once too
         arguments = {"parent": os.getpid(), "line": theirs.fileno(), "memory": self._file, "size": self.size, "root": str(root)}
         package = Path(__file__).resolve().parent
         path = [str(package.parent.parent), *sys.path]
