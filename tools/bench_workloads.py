@@ -194,7 +194,7 @@ def attentions(size: str) -> Iterator[Workload]:
     """Causal, whole and in eight packed documents: two products forward and five backward, each over half of the scores."""
     from megalm.ops.attention import attention, packed_documents
 
-    shapes = {"full": [(8192, 2, 32, 8, 128), (2048, 8, 32, 32, 64)], "small": [(256, 2, 4, 4, 64)], "tiny": [(4, 1, 2, 1, 8)]}
+    shapes = {"full": [(8192, 2, 32, 8, 128), (2048, 8, 32, 32, 64)], "small": [(256, 2, 4, 4, 64)], "tiny": [(4, 1, 2, 1, 64)]}
     for s, b, heads, groups, d in shapes[size]:
         def inputs(device: str, s=s, b=b, heads=heads, groups=groups, d=d) -> list[Tensor]:
             return [random(device, s, b, h, d) for h in (heads, groups, groups)]

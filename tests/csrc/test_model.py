@@ -11,6 +11,7 @@ from megalm.model import layers
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
 from megalm.plan import make_plan
+from megalm.tools.kernel_cases.accuracy import judge
 from tests.model.test_compile import quick_compiler
 
 SEQ, BATCH, HIDDEN, STEPS = 8, 2, 32, 2
@@ -22,24 +23,27 @@ STYLES = {
 }
 
 
-def config(style: str, backend: str, compiled: bool = False, mode: str = "none", dropout: float = 0.1):
+def config(style: str, backend: str, compiled: bool = False, mode: str = "none", dropout: float = 0.1, **attention):
+    """attention: what its head dim, and the backend beside KERNELS, take."""
+    hidden, kernels = attention.get("hidden", HIDDEN), (*KERNELS, *(["attention"] if attention else []))
     return validate({
-        "model": {"num_layers": 2, "hidden_size": HIDDEN, "num_attention_heads": 4, "seq_length": SEQ, "vocab_size": 64,
-                  "ffn_hidden_size": 48, "dropout": dropout, **STYLES[style]},
+        "model": {"num_layers": 2, "hidden_size": hidden, "num_attention_heads": attention.get("heads", 4), "seq_length": SEQ,
+                  "vocab_size": 64, "ffn_hidden_size": 48, "dropout": dropout, **STYLES[style]},
         "batch": {"micro": BATCH, "global": BATCH}, "recompute": {"mode": mode}, "optimizer": {"lr": 1e-2},
         "precision": {"dtype": "fp32"}, "tokenizer": {"type": "bytes"}, "data": {"train": [{"path": "unused"}]},
-        "train": {"dir": "unused", "steps": STEPS, "compile": compiled}, "kernels": dict.fromkeys(KERNELS, backend),
+        "train": {"dir": "unused", "steps": STEPS, "compile": compiled}, "kernels": dict.fromkeys(kernels, backend),
     })  # fmt: skip
 
 
-def run(settings) -> list[torch.Tensor]:
+def run(settings, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """Outputs of position and transformer layers at each step, then all gradients."""
     context = StepContext(7)
     described = layers(settings, make_plan(settings, 1), TensorParallel(), context)
-    modules = [layer.build().train() for layer in described if layer.name.startswith(("position", "layers."))]
+    modules = [layer.build().to(dtype).train() for layer in described if layer.name.startswith(("position", "layers."))]
     outputs = []
     for step in range(STEPS):
-        hidden = torch.randn(SEQ, BATCH, HIDDEN, generator=torch.Generator().manual_seed(step)).requires_grad_()
+        hidden = torch.randn(SEQ, BATCH, settings.model.hidden_size, generator=torch.Generator().manual_seed(step))
+        hidden = hidden.to(dtype).requires_grad_()
         context.set(step, torch.arange(BATCH) + BATCH * step)
         for module in modules:
             hidden = module(hidden)
@@ -62,3 +66,15 @@ def test_one_graph_serves_all_layers_and_steps(shim, mode, monkeypatch):
     found = run(config("llama", "megalm", compiled=True, mode=mode))
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama"])
+def test_fused_attention_inside_a_model(shim, style, monkeypatch):
+    """A head dim and dtype that it serves: bf16 as near to fp32 as plain torch's."""
+    monkeypatch.setattr("megalm.ops.attention._with_scores", None)  # what serves the others
+    shape = {"hidden": 128, "heads": 2}
+    exact = run(config(style, "torch", dropout=0.0, **shape))
+    plain = run(config(style, "torch", dropout=0.0, **shape), torch.bfloat16)
+    ours = run(config(style, "megalm", dropout=0.0, **shape), torch.bfloat16)
+    results = zip(ours, plain, exact, strict=True)
+    judge([tuple(tensor.detach().double() for tensor in each) for each in results], torch.bfloat16)
