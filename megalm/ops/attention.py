@@ -259,7 +259,8 @@ def _seeded(rules: Rules, device: torch.device) -> Iterator[None]:
 
 
 def _call_seed(rules: Rules) -> int:
-    """A seed of a call: of its key, samples and heads, so that micro-batches and ranks draw different masks."""
+    """A seed of a call: of its key, samples and heads, so that micro-batches and ranks draw different masks. Samples on a GPU are
+    waited for, which only a backend without a keyed mask costs: `auto` takes megalm's for dropout."""
     text = f"{seed_of(rules.key)} {rules.samples.tolist()} {rules.heads}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 

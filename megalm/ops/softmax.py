@@ -37,7 +37,7 @@ def scaled_masked_softmax(x: Tensor, scale: float, *, causal: bool = False, mask
     return run(x, scale, causal, mask)
 
 
-def visible(queries: int, keys: int, device) -> Tensor:
+def causally_visible(queries: int, keys: int, device) -> Tensor:
     """Which key each query may see, causally: bool [q, k], aligned at the bottom right."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
 
@@ -47,7 +47,7 @@ def _hidden(x: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
     hidden = None if mask is None else ~mask.bool()
     if not causal:
         return hidden
-    future = ~visible(x.shape[2], x.shape[3], x.device)
+    future = ~causally_visible(x.shape[2], x.shape[3], x.device)
     return future if hidden is None else hidden | future
 
 

@@ -198,8 +198,8 @@ def test_where_time_ends_every_operation_has_had_some():
 def test_both_counts_of_flops():
     made = training.config(training.DRY_RUN[0])
     found = training.utilisation(made, 128, 1000.0, "cpu")
-    # Scores and context of 2 heads of 16 over (8 + 1) / 2 positions, two FLOPs each, forward and twice backward, in 1 layer.
-    assert found["flops_per_token_full"] - found["flops_per_token"] == 3 * 2 * 2 * 2 * 16 * 4.5
+    # Scores and context of 2 heads of 64 over (8 + 1) / 2 positions, two FLOPs each, forward and twice backward, in 1 layer.
+    assert found["flops_per_token_full"] - found["flops_per_token"] == 3 * 2 * 2 * 2 * 64 * 4.5
     assert "mfu" not in found
 
 
