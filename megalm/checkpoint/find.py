@@ -87,15 +87,16 @@ def candidates(root: Path) -> list[tuple[int, Path]]:
 
 
 def newest(root: Path, report: Report | None = None, damaged: Collection[Path] = ()) -> Path | None:
-    """The checkpoint that `latest` names if it is whole, else the newest whole one; None where there is none at all.
+    """The checkpoint that `latest` names if it is whole, else the newest whole one before it, else the newest; None where there
+    is none at all.
 
-    `latest` comes first so that a user who points it to an older step goes on from there. `damaged`: folders that loading
-    has found damaged. Each one skipped is reported with its reason. Raises CheckpointError when there are checkpoints but
+    `latest` comes first so that a user who points it to an older step goes on from there; what is newer than it is of a past
+    that was left then. `damaged`: folders that loading has found damaged. Each one skipped is reported with its reason. Raises CheckpointError when there are checkpoints but
     none is whole.
     """
     found = candidates(root)
     named = _latest(root, report)
-    order = sorted(found, key=lambda item: item[0] != named)
+    order = sorted(found, key=lambda item: (item[0] != named, named is not None and item[0] > named))  # else the newest first
     skipped = []
     for _, folder in order:
         if folder in damaged:

@@ -71,6 +71,15 @@ def test_latest_decides_when_it_names_a_whole_one(run):
     assert find(run).name == "step_00000002"
 
 
+def test_a_damaged_one_after_a_rewind_falls_back_to_its_own_past(run):
+    """The run was pointed from 3 back to 1 and has saved 2 since: 3 is of the past that was left."""
+    (run / "checkpoints/latest").write_text("step_00000002\n")
+    (run / "checkpoints/step_00000002/plan.json").unlink()
+    assert find(run).name == "step_00000001"
+    (run / "checkpoints/step_00000001/plan.json").unlink()
+    assert find(run).name == "step_00000003", "better than none"
+
+
 @pytest.mark.parametrize("text", [None, "", "step_00000009", "../../elsewhere", "\x00\xff"])
 def test_without_a_usable_latest_the_newest_is_taken(run, text):
     path = run / "checkpoints/latest"
