@@ -92,6 +92,8 @@ class Writer:
         ours, theirs = socket.socketpair()
         self._line, self._received, self._busy = ours, b"", False
         self._line.settimeout(LINE_SECONDS)
+        self._poll = select.poll()  # select.select takes no descriptor above 1023
+        self._poll.register(ours, select.POLLIN)
         self._told: list[tuple] | None = None  # a rank may own nothing, and tells that once too
         arguments = {"parent": os.getpid(), "line": theirs.fileno(), "memory": self._file, "size": self.size, "root": str(root)}
         package = Path(__file__).resolve().parent
@@ -129,8 +131,7 @@ class Writer:
         """The answer to the job, as soon as it is there; None when it isn't within so many seconds."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._received:
-            ready, _, _ = select.select([self._line], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            if not self._poll.poll(1000 * max(0.0, deadline - time.monotonic())):
                 return None
             received = self._receive()
             if not received:

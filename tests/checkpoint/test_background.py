@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -53,6 +54,25 @@ def test_the_state_may_change_as_soon_as_save_returns(tmp_path):
     targets = engines(SMALL, None, tp=3)
     succeed(load_all(tmp_path, targets))
     assert wrong(targets, values) == []
+
+
+def test_a_rank_that_owns_nothing_saves_too(tmp_path):
+    """As the last replica of a small stage may under ZeRO."""
+    values = draw(SMALL)
+    ranks = engines(SMALL, values, dp=2)
+    for fragment in ranks[1].held:
+        fragment.owned = False
+    for fragment in ranks[0].held:
+        fragment.owned = True
+
+    def job(groups):
+        with background(tmp_path, ranks, groups) as saver:
+            for step in (3, 4):
+                saver.save(step, 24, 1.5)
+                until_done(saver, groups)
+            assert saver.saved == 4
+
+    succeed(Crew(2).run(job))
 
 
 def test_one_is_on_its_way_at_most_and_the_wait_is_told(tmp_path):
@@ -154,6 +174,26 @@ def test_the_writer_imports_no_torch(tmp_path):
 
     maps = succeed(Crew(1).run(job))[0]
     assert "xxhash" in maps and "torch" not in maps and "numpy" not in maps
+
+
+def test_a_rank_with_thousands_of_open_files(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    null = os.open(os.devnull, os.O_RDONLY)
+    held = [os.dup(null) for _ in range(1100)]
+
+    def job(groups):
+        with background(tmp_path, engines(SMALL, draw(SMALL)), groups) as saver:
+            saver.save(1, 8)
+            saver.finish()
+
+    try:
+        succeed(Crew(1).run(job))
+    finally:
+        for handle in (null, *held):
+            os.close(handle)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert find(tmp_path).name == "step_00000001"
 
 
 @pytest.mark.parametrize("rules, kept", [
