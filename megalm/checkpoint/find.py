@@ -91,8 +91,8 @@ def newest(root: Path, report: Report | None = None, damaged: Collection[Path] =
     is none at all.
 
     `latest` comes first so that a user who points it to an older step goes on from there; what is newer than it is of a past
-    that was left then. `damaged`: folders that loading has found damaged. Each one skipped is reported with its reason. Raises CheckpointError when there are checkpoints but
-    none is whole.
+    that was left then. `damaged`: folders that loading has found damaged. Each one skipped is reported with its reason.
+    Raises CheckpointError when there are checkpoints but none is whole.
     """
     found = candidates(root)
     named = _latest(root, report)

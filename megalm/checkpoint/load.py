@@ -24,6 +24,8 @@ from megalm.checkpoint.sealed import CheckpointError, DamagedError
 
 PADDED_PARTS = ("embedding.word.weight", "head.weight")
 """Their dim 0 is the vocabulary, padded: its size may differ between two plans of one model."""
+OPEN_FILES = 64
+"""A checkpoint may have thousands; each that is open takes two descriptors, its own and its map's."""
 PROBLEMS_SHOWN = 5
 DAMAGED = "damaged: "
 """How a problem begins that an earlier checkpoint may not have."""
@@ -81,10 +83,12 @@ class Stored:
 
     def read(self, entry: StoredFragment, first: int, length: int) -> Tensor:
         """Elements [first, first + length) of a stored fragment, as a view of the mapped file, their blocks checked."""
-        if entry.file not in self._files:
-            self._files[entry.file] = MappedFile(self.folder, entry.file)
+        file = self._files.pop(entry.file, None) or MappedFile(self.folder, entry.file)
+        self._files[entry.file] = file  # the last to go
+        while len(self._files) > OPEN_FILES:
+            del self._files[next(iter(self._files))]
         size = ITEM_BYTES[entry.dtype]
-        return self._files[entry.file].read(entry, first * size, length * size).view(DTYPES[entry.dtype])
+        return file.read(entry, first * size, length * size).view(DTYPES[entry.dtype])
 
 
 def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool = False,

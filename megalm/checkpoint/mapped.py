@@ -15,7 +15,7 @@ from megalm.checkpoint.sealed import DamagedError
 
 
 class MappedFile:
-    """Raises DamagedError where the file can't be read or isn't what its index says.
+    """Raises DamagedError where the file is lost, broken or not what its index says, CheckpointError where it can't be read.
 
     A block is read into memory of its own to be hashed: a disk that fails answers that with an error, and a memory map with
     the end of the process.
@@ -29,7 +29,9 @@ class MappedFile:
             size = os.fstat(self._handle).st_size
             # A private map is writable, as torch wants its memory, and what nobody writes stays the file's.
             self._map = mmap.mmap(self._handle, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise sealed.unreadable(error, name) from error
+        except ValueError as error:  # it is empty
             raise DamagedError(f"{name}: {error}") from error
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
 
@@ -53,6 +55,6 @@ class MappedFile:
         try:
             content = os.pread(self._handle, length, entry.offset + start)
         except OSError as error:
-            raise DamagedError(f"{self.name}: {entry.key}: {error.strerror}") from error
+            raise sealed.unreadable(error, f"{self.name}: {entry.key}") from error
         if sealed.digest(content) != entry.xxh3[number]:
             raise DamagedError(f"{self.name}: {entry.key}: bytes {start:,} to {start + length:,} aren't what was written")

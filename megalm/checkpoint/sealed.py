@@ -5,6 +5,7 @@ xxh3 (64 bits, seed 0, 16 hexadecimal digits) finds damage, not malice. Nothing 
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ import xxhash
 
 BLOCK_BYTES = 4 << 20
 """Each tensor's bytes are hashed by blocks of this size from its first byte on; the last one may be shorter."""
+DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+"""What the kernel says of files that are lost or broken; anything else (too many open files, no permission, no memory) is this
+machine's trouble, and the checkpoint may be sound."""
 SEAL = '  "xxh3": "{}"\n}}\n'
 
 
@@ -84,12 +88,17 @@ def _why(content: bytes) -> str:
     return "its own xxh3 is another" if isinstance(found, dict) and "xxh3" in found else "no xxh3 at its end"
 
 
+def unreadable(error: OSError, what: str) -> CheckpointError:
+    """The error to raise for one of the file system while `what` was read: a DamagedError where an earlier checkpoint helps."""
+    return (DamagedError if error.errno in DAMAGE else CheckpointError)(f"{what}: {error.strerror or error}")
+
+
 def read(path: Path) -> bytes:
-    """A small file's content. Raises DamagedError when it is missing or can't be read."""
+    """A small file's content. Raises DamagedError when it is missing or broken, CheckpointError when it can't be read."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DamagedError(f"{path}: {error.strerror or error}") from error
+        raise unreadable(error, str(path)) from error
 
 
 def parse(content: bytes, path: Path) -> Any:

@@ -2,19 +2,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
 from megalm.checkpoint import CheckpointError, DamagedError, fault, find, read_weights
 from megalm.checkpoint.find import candidates
+from megalm.checkpoint.format import parse_index
 from megalm.checkpoint.load import Stored, fill
 from megalm.tools.checkpoint import main
 from megalm.tools.flip_checkpoints import trials
 from tests.checkpoint.fakes import SMALL, draw, engines, save_all
-from tests.checkpoint.test_layouts import load_all, succeed
+from tests.checkpoint.test_layouts import load_all, succeed, wrong
 
 
 def test_any_flipped_bit_is_found_and_the_checkpoint_before_is_used(tmp_path):
@@ -41,6 +45,38 @@ def test_a_shape_that_differs_is_no_damage(tmp_path):
     folder = succeed(save_all(tmp_path, 1, engines({"up": ((8, 4), 0)}, draw({"up": ((8, 4), 0)}))))[0]
     [result] = load_all(folder, engines({"up": ((16, 4), 0)}, None))
     assert type(result) is CheckpointError
+
+
+@pytest.mark.parametrize("code, kind", [
+    (errno.EIO, DamagedError), *((code, CheckpointError) for code in (errno.EMFILE, errno.EACCES, errno.ESTALE, errno.ENOMEM))])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00000.json"])
+def test_what_this_machine_can_t_read_is_no_damage(name, code, kind, tmp_path, monkeypatch):
+    """It would make a run go on from an earlier checkpoint, with a sound one there."""
+    folder = succeed(save_all(tmp_path, 1, engines(SMALL, draw(SMALL))))[0]
+    stored, opened, read = Stored.open(folder), os.open, Path.read_bytes
+
+    def refuse(path, *rest):
+        if Path(path).name == name:
+            raise OSError(code, os.strerror(code), str(path))
+        return (opened if rest else read)(path, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(CheckpointError, match=os.strerror(code)) as caught:
+        parse_index(folder, name) if name.endswith(".json") else fill(engines(SMALL, None)[0].held[0], stored)
+    assert type(caught.value) is kind
+
+
+def test_a_checkpoint_of_many_ranks_takes_few_descriptors(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[Stored.__module__], "OPEN_FILES", 3)
+    values = draw(SMALL)
+    folder = succeed(save_all(tmp_path, 1, engines(SMALL, values, tp=2, dp=4)))[0]
+    stored, [target] = Stored.open(folder), engines(SMALL, None)
+    before, most = len(os.listdir("/proc/self/fd")), 0
+    for fragment in target.held:
+        fill(fragment, stored)
+        most = max(most, len(os.listdir("/proc/self/fd")) - before)
+    assert 0 < most <= 6 and wrong([target], values) == []
 
 
 class Hostile:
