@@ -88,8 +88,7 @@ def judge(folder: Path, case: Case, returned: bool) -> str | None:
 
 def deaths(case: Case, folder: Path, chance: random.Random) -> Iterator[str | None]:
     """Every operation of the save, before and after it, and within it where it writes; in a random order."""
-    moments = [(number, name, when) for number, (name, *_) in enumerate(_operations(case, folder))
-               for when in ("before", "after", *(("within",) if name == "append" else ()))]
+    moments = _moments(case, folder)
     for number, name, when in chance.sample(moments, len(moments)):
         with _trial(case, folder) as run_folder:
             with contextlib.suppress(Killed):
@@ -100,8 +99,7 @@ def deaths(case: Case, folder: Path, chance: random.Random) -> Iterator[str | No
 
 def errors(case: Case, folder: Path, chance: random.Random) -> Iterator[str | None]:
     """Every operation fails, with each error, once and for good; in a random order."""
-    plans = [(number, name, code, lasting) for number, (name, *_) in enumerate(_operations(case, folder))
-             for code in CODES for lasting in (False, True)]
+    plans = _plans(case, folder)
     for number, name, code, lasting in chance.sample(plans, len(plans)):
         with _trial(case, folder) as run_folder:
             try:
@@ -188,6 +186,24 @@ def _operations(case: Case, folder: Path) -> list[tuple]:
         return disk.log
 
 
+def _moments(case: Case, folder: Path) -> list[tuple[int, str, str]]:
+    """Every (operation, its name, when) to die at."""
+    return [(number, name, when) for number, (name, *_) in enumerate(_operations(case, folder))
+            for when in ("before", "after", *(("within",) if name == "append" else ()))]
+
+
+def _plans(case: Case, folder: Path) -> list[tuple[int, str, int, bool]]:
+    """Every (operation, its name, error, whether it lasts)."""
+    return [(number, name, code, lasting) for number, (name, *_) in enumerate(_operations(case, folder))
+            for code in CODES for lasting in (False, True)]
+
+
+def possible(folder: Path, kind: str) -> int | None:
+    """How many different trials of a kind there are, over all cases; None: without end."""
+    listed = {"deaths": _moments, "errors": _plans}.get(kind)
+    return None if listed is None else sum(len(listed(case, folder)) for case in CASES)
+
+
 def trials(folder: Path, count: int, seed: int = 0, kinds: Sequence[str] = KINDS) -> dict[str, tuple[int, list[str]]]:
     """At most `count` trials, spread over kinds and cases: how many of each kind, and what went wrong."""
     chance = random.Random(seed)
@@ -220,13 +236,15 @@ def _work(arguments: argparse.Namespace) -> int:
     folder = Path(tempfile.mkdtemp(prefix="megalm-crashes-"))
     try:
         found = trials(folder, arguments.trials, arguments.seed)
+        all_of = {kind: possible(folder, kind) for kind in found}
     finally:
         shutil.rmtree(folder)
     wrong = [line for _, lines in found.values() for line in lines]
     for line in wrong:
         print(line)
     for kind, (count, lines) in found.items():
-        print(f"{kind:<7} {count:>6,} trials, {len(lines)} with a checkpoint lost or torn, or rubbish left")
+        of = f" of {all_of[kind]:,} possible" if all_of[kind] else ""
+        print(f"{kind:<7} {count:>6,} trials{of}, {len(lines)} with a checkpoint lost or torn, or rubbish left")
     return 1 if wrong else 0
 
 

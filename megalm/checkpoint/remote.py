@@ -2,7 +2,8 @@
 
 train.dir stays where checkpoints are made and read; a whole one is copied from there, each rank's writer its own two files,
 and checkpoint.json last, by rank 0, once all other files are there in their sizes: object stores have no rename, and a folder
-without checkpoint.json is none. Large files go in parts where the storage knows that (s3fs, gcsfs). Nothing here needs torch.
+without checkpoint.json is none. Whether large files go in parts is up to fsspec's package for the storage. Nothing here needs
+torch.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 
@@ -60,9 +61,16 @@ class Snapshot:
     def __init__(self, memory: mmap.mmap, device: torch.device) -> None:
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._device = device
-        if device.type == "cuda":
-            runtime = torch.cuda.cudart()
-            runtime.cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0)  # where it can't, copies are only slower
+        self._pinned = device.type == "cuda" and self._pin()
+
+    def _pin(self) -> bool:
+        """Whether the memory could be pinned; where it can't, copies are only slower."""
+        if int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0)) == 0:
+            return True
+        # The failure stays as CUDA's last error until somebody asks for it, which the next kernel launch does: this one.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=self._device)
+        return False
 
     @torch.no_grad()
     def take(self, fragments: Sequence[Fragment], where: Sequence[tuple[int, int]]) -> None:
@@ -75,5 +83,5 @@ class Snapshot:
 
     def close(self) -> None:
         """Give pinned memory back."""
-        if self._device.type == "cuda":
+        if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())

@@ -1,17 +1,20 @@
 """Saving beside the training: what is written is the state at the save, and a writer's trouble reaches all ranks."""
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megalm.checkpoint import CheckpointError, Saver, find
 from megalm.checkpoint.save import BUSY
+from megalm.checkpoint.snapshot import Snapshot
 from tests.checkpoint.disks import mounted
 from tests.checkpoint.fakes import SMALL, Crew, draw, engines, plan, settings
 from tests.checkpoint.test_layouts import load_all, succeed, wrong
@@ -194,6 +197,30 @@ def test_a_rank_with_thousands_of_open_files(tmp_path):
             os.close(handle)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert find(tmp_path).name == "step_00000001"
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_memory_that_can_t_be_pinned_leaves_no_error_behind(status, monkeypatch):
+    """CUDA keeps its last error for the next who launches a kernel."""
+    last, calls = [], []
+
+    def register(address, size, flags):
+        calls.append("register")
+        last.extend([status] if status else [])
+        return status
+
+    def launch(*shape, device):
+        if last:
+            raise RuntimeError(f"CUDA error {last.pop()}")
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: calls.append("unregister"))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch, "ones", launch)
+    with mmap.mmap(-1, 4096) as memory:
+        snapshot = Snapshot(memory, torch.device("cuda"))
+        snapshot.close()
+        del snapshot
+    assert last == [] and calls == (["register"] if status else ["register", "unregister"])
 
 
 @pytest.mark.parametrize("rules, kept", [

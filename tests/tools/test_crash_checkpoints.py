@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
 from megalm.checkpoint import jobs, publish
 from megalm.checkpoint.disk import Disk
-from megalm.tools.crash_checkpoints import trials
+from megalm.tools.crash_checkpoints import main, trials
 
 
 @pytest.mark.parametrize("kind, count", [("deaths", 200), ("errors", 160), ("power", 160), ("kills", 80)])
@@ -46,3 +47,10 @@ def test_a_mistake_in_the_order_of_things_is_found(mistake, kind, tmp_path, monk
     mistake(monkeypatch)
     [(_, wrong)] = trials(tmp_path, 160, kinds=[kind]).values()
     assert wrong != []
+
+
+def test_it_says_how_much_of_what_is_possible_was_tried(capsys):
+    assert main(["--trials", "20"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^deaths +4 trials of [1-9]\d\d possible, 0 with", said, re.MULTILINE)
+    assert re.search(r"^power +8 trials, 0 with", said, re.MULTILINE)
