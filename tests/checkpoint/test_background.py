@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import mmap
+import dataclasses
 import os
 import resource
 import signal
@@ -63,10 +64,7 @@ def test_a_rank_that_owns_nothing_saves_too(tmp_path):
     """As the last replica of a small stage may under ZeRO."""
     values = draw(SMALL)
     ranks = engines(SMALL, values, dp=2)
-    for fragment in ranks[1].held:
-        fragment.owned = False
-    for fragment in ranks[0].held:
-        fragment.owned = True
+    ranks[1].held = [dataclasses.replace(fragment, owned=False) for fragment in ranks[1].held]
 
     def job(groups):
         with background(tmp_path, ranks, groups) as saver:
