@@ -1,7 +1,9 @@
 """A run that is stopped, in any way and at any moment, goes on with the same command to the same bytes."""
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import threading
@@ -11,7 +13,7 @@ import pytest
 
 from megalm.tools import preprocess
 from megalm.tools.kill_preprocess import kill_at_moments, outputs
-from megalm.tools.preprocess import merge, parts, store
+from megalm.tools.preprocess import duplicates, merge, parts, store
 from tests.tools.test_preprocess import json_lines, refused, run
 
 PIECES = ("--tokenizer", "bytes", "--piece-bytes", "900")
@@ -22,14 +24,14 @@ def text(tmp_path) -> str:
     return json_lines(tmp_path / "a.jsonl", [f"{i} " + "word " * (i % 50) for i in range(60)])
 
 
-def stop_at(monkeypatch, module, name: str, count: int) -> None:
-    """Let a function end the program, as a kill would, at its call number `count`."""
+def stop_at(monkeypatch, module, name: str, count: int, how: BaseException | None = None) -> None:
+    """Let a function end the program, as a kill would, or fail, at its call number `count`."""
     real, calls = getattr(module, name), []
 
     def stop(*arguments, **options):
         calls.append(1)
         if len(calls) == count:
-            raise SystemExit(9)
+            raise how or SystemExit(9)
         return real(*arguments, **options)
 
     monkeypatch.setattr(module, name, stop)
@@ -39,27 +41,38 @@ def test_killed_at_random_moments(tmp_path):
     assert kill_at_moments(tmp_path, moments=4, seed=1) >= 4
 
 
-@pytest.mark.parametrize("module, name, counts", [
-    (os, "replace", range(1, 24, 2)), (os, "fsync", (3, 9, 16)), (merge, "copy_bytes", (1, 4))])
-def test_stopped_at_every_step(tmp_path, text, monkeypatch, capsys, module, name, counts):
+@pytest.mark.parametrize("module, name, first, step", [
+    (os, "replace", 1, 1), (os, "fsync", 3, 7), (merge, "copy_bytes", 1, 3), (store.Work, "clear", 2, 1)])
+def test_stopped_at_every_step(tmp_path, text, monkeypatch, capsys, module, name, first, step):
+    """At each until the program ends by itself; the renames that publish the data set are among them."""
     monkeypatch.setattr(merge, "EVERY", 0)
     assert run("--input", text, "--output", tmp_path / "right", *PIECES) == 0
-    for count in counts:
+    for count in itertools.count(first, step):
         prefix = tmp_path / f"out{count}"
         with monkeypatch.context() as patch:
             patch.setattr(store.Work, "__exit__", lambda self, *_: os.close(self._lock))  # a killed process tidies nothing
             stop_at(patch, module, name, count)
-            with pytest.raises(SystemExit):
-                run("--input", text, "--output", prefix, *PIECES)
+            with contextlib.suppress(SystemExit):
+                assert run("--input", text, "--output", prefix, *PIECES) == 0
+                break
         left = outputs(prefix)
         assert all(now in (None, right) for now, right in zip(left, outputs(tmp_path / "right"), strict=True))
         assert run("--input", text, "--output", prefix, *PIECES) == 0
         assert outputs(prefix) == outputs(tmp_path / "right") and not Path(f"{prefix}.work").exists()
+    assert outputs(prefix) == outputs(tmp_path / "right") and count > first
     capsys.readouterr()
+
+
+def test_files_that_lack_what_was_noted(tmp_path, text, monkeypatch, capsys):
+    stopped(tmp_path, text, monkeypatch)
+    os.truncate(tmp_path / "out.work" / "tokens", 10)
+    err = refused(capsys, "--input", text, "--output", tmp_path / "out", *PIECES, "--quiet")
+    assert "out.work/tokens has 10 bytes and should have " in err and "--restart begins anew" in err
 
 
 def stopped(tmp_path, text, monkeypatch, *options) -> None:
     with monkeypatch.context() as patch:
+        patch.setattr(merge, "EVERY", 0)
         stop_at(patch, merge, "copy_bytes", 3)
         with pytest.raises(SystemExit):
             run("--input", text, "--output", tmp_path / "out", *PIECES, *options)
@@ -145,6 +158,27 @@ def test_a_pipe_is_stored_and_compared(tmp_path, text, monkeypatch, capsys):
     assert from_pipe(pipe, content, *usual) == 0 and "going on" in capsys.readouterr().err
     assert run("--input", text, "--output", tmp_path / "right", *PIECES) == 0
     assert outputs(tmp_path / "out")[:2] == outputs(tmp_path / "right")[:2]
+
+
+TEXTS = [f"{i} {i % 7} " + "word " * (i % 11) for i in range(40)] * 2
+
+
+@pytest.mark.parametrize("module, name", [(merge, "write_all"), (merge, "copy_bytes"), (duplicates, "append")])
+def test_a_part_taken_in_by_half(tmp_path, monkeypatch, capsys, module, name):
+    """The disk is full at each write in turn: what that part has left in files and counts is never noted as done."""
+    command = ("--input", json_lines(tmp_path / "a.jsonl", TEXTS), *PIECES, "--deduplicate", "--near-duplicates", "0.9",
+               "--force")
+    assert run(*command, "--output", tmp_path / "right", "--report", tmp_path / "right.json") == 0
+    for count in itertools.count(1):
+        with monkeypatch.context() as patch:
+            stop_at(patch, module, name, count, OSError(errno.ENOSPC, "No space left on device"))
+            if run(*command, "--output", tmp_path / "out") == 0:
+                break
+        assert run(*command, "--output", tmp_path / "out", "--report", tmp_path / "out.json") == 0
+        assert outputs(tmp_path / "out") == outputs(tmp_path / "right")
+        assert (tmp_path / "out.json").read_bytes() == (tmp_path / "right.json").read_bytes()
+    assert count > 1
+    capsys.readouterr()
 
 
 def test_two_at_once(tmp_path, text, capsys):

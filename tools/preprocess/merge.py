@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megalm.data.errors import DataError
 from megalm.data.indexed import CODES, HEADER, MAGIC, VERSION, file_paths
 from megalm.data.publish import sync_folder, write_atomically
 
@@ -28,6 +29,7 @@ class Merger:
     """Appends parts to the files of a work folder, and makes the data set of them. Goes on from the state that is noted there."""
 
     def __init__(self, work: Work, dtype: np.dtype, cleaning: Cleaning):
+        """Not for a complete run, whose files may be published already. Raises DataError for files that lack what was noted."""
         self.work, self.dtype = work, dtype
         state = work.state() or {"merged": 0, "files": {}, "totals": {}}
         self.merged, self.totals = state["merged"], Totals.load(state["totals"])
@@ -37,18 +39,24 @@ class Merger:
             kind.go_on(self._open(kind.name, state["files"].get(kind.name, 0)))
             self.files[kind.name] = kind.file
         self.noted, self.noted_at = self.merged, time.monotonic()
+        self.broken = False
         for path in work.folder.glob("*.part"):
             if int(path.stem) < self.merged:
                 path.unlink()
 
     def _open(self, name: str, size: int):
-        file = os.fdopen(os.open(self.work.folder / name, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        path = self.work.folder / name
+        there = path.stat().st_size if path.exists() else 0
+        if there < size:
+            raise DataError(f"{path} has {there} bytes and should have {size}: it is damaged; --restart begins anew")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         file.truncate(size)
         file.seek(size)
         return file
 
     def add(self) -> None:
-        """Take in the next part."""
+        """Take in the next part. Where that fails, some of it may be in the files and the counts: `broken`, never to be noted."""
+        self.broken = True
         part = Part(part_path(self.work.folder, self.merged))
         lengths, counts, sizes = part.array("lengths"), part.array("counts"), part.array("sizes")
         kept = self._kept(part, sizes)
@@ -62,6 +70,7 @@ class Merger:
         write_all(self.files["counts"], counts)
         self.totals.add(part, lengths, counts, sizes)
         self.merged += 1
+        self.broken = False
         if time.monotonic() - self.noted_at > EVERY:
             self.note()
 

@@ -64,31 +64,28 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
     goes_on = work.begin(run)
     units = make_units(sources, arguments.piece_bytes)
     policy = Policy(arguments.field, arguments.encoding_errors, arguments.skip_invalid)
-    complete = (work.state() or {}).get("complete", False)
-    fast, short, name = (None, False, "") if complete else choose(arguments, tokenizer, sources, units, policy)
-    job = Job(source, policy, dtype.str, str(work.folder), tuple(sources), arguments.append_eod, arguments.split_sentences,
-              fast is not None, short, arguments.verify, cleaning_of(arguments))
-    merger = Merger(work, dtype, job.cleaning)
-    progress = Progress(sum(weight(unit) for unit in units), sum(weight(unit) for unit in units[:merger.merged]), arguments.quiet)
+    state = work.state() or {}
+    progress = Progress(sum(map(weight, units)), sum(map(weight, units[:state.get("merged", 0)])), arguments.quiet)
     if goes_on and not arguments.quiet:
         print(f"going on: {progress.before / progress.total:.0%} was done", file=sys.stderr)
-    try:
-        if not complete:
-            make_all(units, Worker(job, tokenizer, fast), arguments.workers, merger, progress)
-            if not merger.totals.tokens:
-                work.clear()
-                raise nothing(merger.totals, arguments)
-            prepare(work, dtype, description(run, merger.totals, sources, units))
-        publish(work, arguments.output, description_path(arguments.output))
-    finally:
-        merger.close()
-        progress.close()
+    if state.get("complete"):  # some of its files may have their final names already: only to be renamed
+        totals, name = Totals.load(state["totals"]), "an earlier run"
+    else:
+        fast, short, name = choose(arguments, tokenizer, sources, units, policy)
+        job = Job(source, policy, dtype.str, str(work.folder), tuple(sources), arguments.append_eod, arguments.split_sentences,
+                  fast is not None, short, arguments.verify, cleaning_of(arguments))
+        totals = make_all(units, Worker(job, tokenizer, fast), arguments.workers, work, progress)
+        if not totals.tokens:
+            work.clear()
+            raise nothing(totals, arguments)
+        prepare(work, dtype, description(run, totals, sources, units))
+    publish(work, arguments.output, description_path(arguments.output))
     work.clear()
-    show_problems(merger.totals)
+    show_problems(totals)
     if arguments.report:
-        write_report(Path(arguments.report), merger.totals)
+        write_report(Path(arguments.report), totals)
     if not arguments.quiet:
-        print(summary(arguments.output, merger.totals, dtype, progress, name))
+        print(summary(arguments.output, totals, dtype, progress, name))
     return 0
 
 
@@ -138,17 +135,23 @@ def choose(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequenc
     return None, False, reference.name
 
 
-def make_all(units: Sequence[Unit], worker: Worker, workers: int, merger: Merger, progress: Progress) -> None:
+def make_all(units: Sequence[Unit], worker: Worker, workers: int, work: Work, progress: Progress) -> Totals:
     """Make the parts that aren't there yet and take all in, in order."""
-    todo = ((number, unit, part_path(merger.work.folder, number).exists())
+    merger = Merger(work, worker.dtype, worker.job.cleaning)
+    todo = ((number, unit, part_path(work.folder, number).exists())
             for number, unit in enumerate(units) if number >= merger.merged)
     try:
         for number in make_parts(todo, worker.job, min(workers, max(1, len(units) - merger.merged)), worker):
             merger.add()
             progress.add(weight(units[number]))
     finally:
-        if merger.merged > merger.noted:
-            merger.note()
+        progress.close()
+        try:
+            if merger.merged > merger.noted and not merger.broken:
+                merger.note()
+        finally:
+            merger.close()
+    return merger.totals
 
 
 def nothing(totals: Totals, arguments: argparse.Namespace) -> DataError:
