@@ -54,6 +54,18 @@ def test_every_kind_gives_the_same(tmp_path):
     assert texts(tmp_path / "out") == ["all\nof it", "more"]
 
 
+def test_zstd_of_the_largest_window(tmp_path):
+    """As zstd --long=31 writes it; without the size of the content, which would make the window smaller."""
+    import zstandard
+    plain = Path(json_lines(tmp_path / "a.jsonl", TEXTS)).read_bytes()
+    wide = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=False, hash_log=8, chain_log=8, strategy=1)
+    maker = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    (tmp_path / "b.jsonl.zst").write_bytes(maker.compress(plain) + maker.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) + maker.flush())
+    assert zstandard.get_frame_parameters((tmp_path / "b.jsonl.zst").read_bytes()).window_size == 1 << 31
+    assert run("--input", tmp_path / "b.jsonl.zst", "--output", tmp_path / "out", *USUAL) == 0
+    assert texts(tmp_path / "out") == TEXTS
+
+
 def test_folders_globs_and_their_order(tmp_path):
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)

@@ -126,7 +126,7 @@ def test_a_fast_one_that_differs(tmp_path, folder, monkeypatch, capsys, verify):
     for module in ("job", "program"):
         monkeypatch.setattr(f"megalm.tools.preprocess.{module}.fast_backend", wrong)
     if verify:
-        monkeypatch.setattr("megalm.tools.preprocess.program.corpus_samples", lambda *_: [])
+        monkeypatch.setattr("megalm.tools.preprocess.program.corpus_samples", lambda *_: [Sample("dog")])
     path = json_lines(tmp_path / "a.jsonl", ["dog", "", "the fox", "cat", "fox"])
     usual = ("--input", path, "--tokenizer", folder / "llama.model")
     assert run(*usual, "--output", tmp_path / "out", *["--verify"] * verify) == 0
@@ -165,17 +165,65 @@ def test_without_the_fast_library(tmp_path, folder, monkeypatch, capsys):
     assert "at sentencepiece's own speed: gigatoken isn't installed (pip install 'megalm[corpus]')" in capsys.readouterr().err
 
 
-def test_the_sample_has_the_longest_and_the_strangest(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [100, 2000])
+def test_the_sample_has_the_longest_and_the_strangest(tmp_path, count):
     from megalm.tools.preprocess.inputs import find_sources, make_units
     from megalm.tools.preprocess.texts import Policy
     texts = [f"plain words number {i}" for i in range(3000)]
     texts[1234], texts[2345], texts[77] = "long " * 5000, "odd \u200b\u0378\x07", "see <|endoftext|> and </s>"
     path = json_lines(tmp_path / "a.jsonl", texts)
     sources = find_sources([path], None)
-    chosen = checking.corpus_samples(sources, make_units(sources, 10_000), Policy("text"), 100)
+    chosen = checking.corpus_samples(sources, make_units(sources, 10_000), Policy("text"), count)
     found = [sample.text for sample in chosen]
-    assert {texts[1234], texts[2345], texts[77]} <= set(found) and 60 <= len(found) <= 110
+    assert {texts[1234], texts[2345], texts[77]} <= set(found) and 0.6 * count <= len(found) <= 1.1 * count
     assert next(sample for sample in chosen if sample.text == texts[77]).where() == f"{path}, line 78"
+
+
+def sampled(path, count: int = 2000) -> list[Sample]:
+    from megalm.tools.preprocess.inputs import find_sources, make_units
+    from megalm.tools.preprocess.texts import Policy
+    sources = find_sources([str(path)], None)
+    return checking.corpus_samples(sources, make_units(sources, 1 << 26), Policy("text"), count)
+
+
+def test_parts_stand_for_documents_that_are_too_long(tmp_path):
+    """A corpus of books: each is in the sample, and the sample stays small."""
+    books = [f"<{i}" + "long " * 30_000 + "middle" + " long" * 30_000 + f"{i}>" for i in range(40)]
+    path = json_lines(tmp_path / "a.jsonl", books)
+    chosen = sampled(path)
+    assert len(chosen) == 40 and sum(len(sample.text) for sample in chosen) <= 2 * checking.LEAST_BYTES
+    for i, sample in enumerate(chosen):
+        assert sample.text.startswith(f"<{i}long") and "middle" in sample.text and sample.text.endswith(f"long{i}>")
+        assert sample.where() == f"parts of {path}, line {i + 1}"
+
+
+def test_the_sample_of_a_compressed_file_is_not_its_beginning(tmp_path):
+    import gzip
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        for i in range(20_000):
+            file.write(json.dumps({"text": f"{i} " + "word " * 60}) + "\n")
+    numbers = [int(sample.text.split()[0]) for sample in sampled(path)]
+    assert len(numbers) > 1500 and max(numbers) > 18_000
+
+
+def test_the_sample_of_text_files_is_bounded(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("é" * 400_000)
+    chosen = sampled(tmp_path)
+    assert len(chosen) == 3 and all(set(sample.text) == {"é"} for sample in chosen)
+    assert all(len(sample.text) <= checking.PLACE_BYTES // 2 and not sample.chunk.raw for sample in chosen)
+
+
+def test_nothing_to_compare_on(tmp_path, folder, monkeypatch, capsys):
+    """Where the sample is empty, the fast one isn't used on what comes."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('x\n{"text": "dog"}\n')
+    monkeypatch.setattr(checking, "PLACES", 1)
+    monkeypatch.setattr(checking, "PLACE_BYTES", 2)
+    assert run("--input", path, "--tokenizer", folder / "llama.model", "--output", tmp_path / "out", "--skip-invalid") == 0
+    out, err = capsys.readouterr()
+    assert "no document could be read to compare the fast one on" in err and "tokenized by sentencepiece" in out
 
 
 def test_a_tokenizer_that_remembers_is_renewed(folder, monkeypatch):

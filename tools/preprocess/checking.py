@@ -4,8 +4,10 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 
 import numpy as np
 
@@ -19,6 +21,8 @@ from .texts import Found, Policy, texts_of
 
 PLACES = 64  # of the corpus that are looked into, evenly apart
 PLACE_BYTES = 1 << 18
+DEEP = 64  # chunks of a compressed file or of row groups that are looked through: what is behind them is never seen
+LONGEST = 250_000  # characters: of a longer document its parts stand for it
 LEAST_BYTES, MOST_BYTES = 2_000_000, 6_000_000  # of text in the sample: at most three seconds of a slow reference
 BATCH = 64
 ODD = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff0-\uffff]|\s{20}|\S{200}")
@@ -38,15 +42,23 @@ STRANGE = [
 
 @dataclass(frozen=True)
 class Sample:
-    """A document, and the chunk that it is from if it is from the corpus."""
+    """A document, and where it is if it is from the corpus: a chunk without its bytes that begins with it."""
 
     text: str
     chunk: Chunk | None = None
-    place: int = 0
+    parts: bool = False  # its head, middle and tail alone
 
     def where(self) -> str:
         """For a message."""
-        return f"the test document {self.text[:40]!r}" if self.chunk is None else self.chunk.where(self.place)
+        found = f"the test document {self.text[:40]!r}" if self.chunk is None else self.chunk.where(0)
+        return f"parts of {found}" if self.parts else found
+
+    def within(self, size: int) -> Sample:
+        """At most so many characters of it, a third of them from its head, its middle and its tail each."""
+        if len(self.text) <= size:
+            return self
+        third, middle = max(1, size // 3), (len(self.text) - size // 3) // 2
+        return replace(self, text=self.text[:third] + self.text[middle:middle + third] + self.text[-third:], parts=True)
 
 
 def markers(tokenizer: Tokenizer) -> list[str]:
@@ -77,25 +89,25 @@ def corpus_samples(sources: Sequence[Source], units: Sequence[Unit], policy: Pol
         return []
     by_length = sorted(range(len(pool)), key=lambda i: -len(pool[i].text))
     by_oddity = sorted(range(len(pool)), key=lambda i: -oddity(pool[i].text))
-    evenly = [int(i) for i in np.linspace(0, len(pool) - 1, min(2 * count, len(pool)))]
-    chosen: dict[int, None] = {}
+    evenly = [int(i) for points in (count // 2 + 1, 2 * count) for i in np.linspace(0, len(pool) - 1, points)]
+    chosen: dict[int, Sample] = {}
     size = min(MOST_BYTES, max(LEAST_BYTES, sum(source.size for source in sources) // 100))
     for order, share in ((by_length, 0.25), (by_oddity, 0.25), (evenly, 0.5)):
-        take(order, pool, chosen, count * share + 1, size * share)
-    return [pool[place] for place in sorted(chosen)]
+        take(order, pool, chosen, round(count * share + 1), size * share, order is by_length)
+    return [chosen[place] for place in sorted(chosen)]
 
 
-def take(order: Sequence[int], pool: Sequence[Sample], chosen: dict[int, None], count: float, size: float) -> None:
-    """Choose so many more, so large together; where large ones would leave no room for the others, those are passed over."""
+def take(order: Sequence[int], pool: Sequence[Sample], chosen: dict[int, Sample], count: int, size: float, long: bool) -> None:
+    """Choose so many more, so large together; parts stand for those that would leave no room for the others.
+
+    `long`: each may have half of the room that is left; else four times its share.
+    """
     for place in order:
-        if place in chosen:
-            continue
-        text = len(pool[place].text)
-        if count < 1:
+        if count < 1 or size < 1:
             return
-        if text <= max(4 * size / count, 1000):
-            chosen[place] = None
-            count, size = count - 1, size - text
+        if place not in chosen:
+            chosen[place] = pool[place].within(int(max(size / 2 if long else 4 * size / count, 1000)))
+            count, size = count - 1, size - len(chosen[place].text)
 
 
 def gather(sources: Sequence[Source], units: Sequence[Unit], policy: Policy) -> Iterator[Sample]:
@@ -103,22 +115,32 @@ def gather(sources: Sequence[Source], units: Sequence[Unit], policy: Policy) -> 
     everything = [span for unit in units for span in unit]
     weights = np.cumsum([0, *(span.weight for span in everything)])
     lenient = replace(policy, encoding_errors="drop", skip_invalid=True)
-    wanted: dict[Span, None] = {}
+    wanted: Counter[Span] = Counter()
+    seen: Counter[int] = Counter()  # bytes of each source: of a small corpus the places touch
     for target in np.linspace(0, weights[-1], PLACES, endpoint=False):
         number = int(np.searchsorted(weights, target, "right")) - 1
         span = everything[number]
         if sources[span.source].by_bytes:
             start = int(span.start + target - weights[number])
-            span = replace(span, start=start, end=min(span.end, start + PLACE_BYTES))
-        wanted[span] = None
-    for span in wanted:
+            end = min(sources[span.source].size, start + PLACE_BYTES)
+            span = replace(span, start=max(start, seen[span.source]), end=end)
+            seen[span.source] = end
+        wanted[span] += 1
+    for span, chunks in wanted.items():
         try:
-            chunk = next(read_chunks(sources[span.source], span, policy.field), None)
+            found = read_chunks(sources[span.source], span, policy.field, PLACE_BYTES)
+            for chunk in islice(found, 0, DEEP if chunks > 1 else 1, max(1, DEEP // chunks)):
+                yield from samples_of(chunk, lenient)
         except (DataError, OSError):
             continue
-        if chunk is not None:
-            texts, places = texts_of(chunk, lenient, Found())
-            yield from (Sample(text, chunk, place) for text, place in zip(texts, places, strict=True))
+
+
+def samples_of(chunk: Chunk, policy: Policy) -> Iterator[Sample]:
+    """The documents of a chunk; neither its bytes nor very long texts are held on to."""
+    rows = chunk.source.kind == "parquet"
+    offsets = list(accumulate((1 if rows else len(raw) + 1 for raw in chunk.raw), initial=chunk.first))
+    for text, place in zip(*texts_of(chunk, policy, Found()), strict=True):
+        yield Sample(text, Chunk(chunk.source, [], offsets[place])).within(LONGEST)
 
 
 def oddity(text: str) -> int:

@@ -61,7 +61,7 @@ def parser() -> Parser:
         help="of input that a worker does at a time: what is done again, for each, after a stop (67108864)")
     add("--check-documents", type=int, default=2000, metavar="N",
         help="the fast tokenizer is used if it gives the ids of the reference on N documents of the corpus, the longest and "
-             "strangest among them (2000); 0: the reference tokenizes")
+             "strangest of 64 places among them (2000; parts stand for very long ones); 0: the reference tokenizes")
     add("--verify", action="store_true", help="compare the two on every document; the reference's ids are written")
     add("--encoding-errors", choices=ENCODING_ERRORS, default="stop",
         help="text that isn't UTF-8, or half a surrogate pair: stop, put U+FFFD in its place, or drop the document (stop)")

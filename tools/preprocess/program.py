@@ -118,6 +118,8 @@ def choose(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequenc
     samples = corpus_samples(sources, units, policy, arguments.check_documents) if tokenizer.type != "bytes" else []
     short = arguments.split_sentences or sum(len(sample.text) for sample in samples) < SHORT * len(samples)
     fast, why = fast_backend(tokenizer, short)
+    if fast is not None and not samples:
+        fast, why = None, "no document could be read to compare the fast one on"
     if fast is None:
         if tokenizer.type != "bytes" and not arguments.quiet:
             print(f"tokenizing at {reference.name}'s own speed: {why}", file=sys.stderr)

@@ -13,6 +13,7 @@ from .inputs import Source, Span
 
 BLOCK = 1 << 20
 COUNTED = 256 << 20  # farther into a file a line is named by its byte
+WINDOW = 1 << 31  # of zstd, in bytes: its largest (zstd --long=31)
 ROWS = 1024  # of a .parquet at a time
 
 
@@ -80,7 +81,7 @@ class ZstdStream:
     def _decompress(self, data: bytes) -> Iterator[bytes]:
         while data:
             if self.frame is None or self.frame.eof:
-                self.frame = self.library.ZstdDecompressor().decompressobj()
+                self.frame = self.library.ZstdDecompressor(max_window_size=WINDOW).decompressobj()
             try:
                 yield self.frame.decompress(data)
             except self.library.ZstdError as error:
@@ -107,20 +108,32 @@ def open_parquet(path: str):
         raise DataError(f"input {path} can't be read as parquet: {str(error).splitlines()[0]}") from error
 
 
-def read_chunks(source: Source, span: Span, field: str) -> Iterator[Chunk]:
-    """The documents of a part of a source, in order. Raises DataError for a file that is damaged or has no such column."""
+def read_chunks(source: Source, span: Span, field: str, most: int | None = None) -> Iterator[Chunk]:
+    """The documents of a part of a source, in order. Raises DataError for a file that is damaged or has no such column.
+
+    `most`: of a .txt only so many bytes, without a letter that they would cut.
+    """
     if source.kind == "parquet":
         yield from parquet_rows(source, span, field)
         return
     try:
         with open_stream(source) as stream:
             if source.kind == "txt":
-                yield Chunk(source, [stream.read()], 0)
+                yield Chunk(source, [stream.read() if most is None else whole_letters(stream.read(most + 1), most)], 0)
             else:
                 for first, lines in whole_lines(stream, span.start, None if source.compression else span.end):
                     yield Chunk(source, lines, first)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"input {source.path}: damaged .gz: {error}") from error
+
+
+def whole_letters(data: bytes, most: int) -> bytes:
+    """At most so many bytes, where there are more without those of a letter that has its end behind them."""
+    if len(data) <= most:
+        return data
+    while most and data[most] & 0xC0 == 0x80:
+        most -= 1
+    return data[:most]
 
 
 def whole_lines(stream, start: int, end: int | None) -> Iterator[tuple[int, list[bytes]]]:
