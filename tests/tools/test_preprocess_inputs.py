@@ -54,6 +54,20 @@ def test_every_kind_gives_the_same(tmp_path):
     assert texts(tmp_path / "out") == ["all\nof it", "more"]
 
 
+def test_what_is_no_corpus_in_a_folder(tmp_path):
+    """The same command, again and again, with its output and its report in the folder that it reads."""
+    json_lines(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "other.work").mkdir()
+    json_lines(tmp_path / "other.work" / "stream-0.jsonl", ["no"])
+    for name in (tmp_path, tmp_path, tmp_path / "[a-o]*"):
+        assert run("--input", name, "--output", tmp_path / "out", *USUAL, "--report", tmp_path / "r.json") == 0
+        assert texts(tmp_path / "out") == TEXTS
+    json_lines(tmp_path / "named.json", ["yes"])
+    assert run("--input", tmp_path / "named.json", "--output", tmp_path / "out", *USUAL) == 0
+    assert texts(tmp_path / "out") == ["yes"]
+
+
 def test_zstd_of_the_largest_window(tmp_path):
     """As zstd --long=31 writes it; without the size of the content, which would make the window smaller."""
     import zstandard

@@ -13,7 +13,7 @@ import pytest
 
 from megalm.tools import preprocess
 from megalm.tools.kill_preprocess import kill_at_moments, outputs
-from megalm.tools.preprocess import duplicates, merge, parts, store
+from megalm.tools.preprocess import duplicates, merge, parts, report_files, store
 from tests.tools.test_preprocess import json_lines, refused, run
 
 PIECES = ("--tokenizer", "bytes", "--piece-bytes", "900")
@@ -107,6 +107,35 @@ def test_what_changed_is_named(tmp_path, text, monkeypatch, capsys):
     assert "a.jsonl has changed" in refused(capsys, *usual, *PIECES)
     assert sorted(path.name for path in (tmp_path / "out.work").iterdir()) == before
     assert run(*usual, *PIECES, "--restart") == 0
+
+
+def test_verify_and_versions_are_noted(tmp_path, text, monkeypatch, capsys):
+    """What was not compared can't be called compared; the other way on, nothing is lost."""
+    usual = ("--input", text, "--output", tmp_path / "out", *PIECES)
+    stopped(tmp_path, text, monkeypatch)
+    assert "verify was false and is true" in refused(capsys, *usual, "--verify")
+    with monkeypatch.context() as patch:
+        patch.setattr("megalm.__version__", "0.0.0")
+        assert 'and is "0.0.0"' in refused(capsys, *usual)
+    assert run(*usual, "--restart") == 0
+    (tmp_path / "out.idx").unlink()
+    stopped(tmp_path, text, monkeypatch, "--verify", "--force")
+    assert run(*usual, "--force") == 0
+
+
+def test_a_report_that_cannot_be_written(tmp_path, text, monkeypatch, capsys):
+    usual = ("--input", text, "--output", tmp_path / "out", *PIECES, "--quiet", "--report")
+    (tmp_path / "file").write_text("")
+    for name, message in (("r.txt", "give a name that ends in .json"), ("out.data.json", "that is a file of the data set"),
+                          ("file/r.json", "exists")):
+        assert message in refused(capsys, *usual, tmp_path / name)
+    with monkeypatch.context() as patch:
+        stop_at(patch, report_files, "write_atomically", 2, OSError(errno.ENOSPC, "No space left on device"))
+        err = refused(capsys, *usual, tmp_path / "r.json")
+    assert "the data set is written, but not the report" in err and (tmp_path / "out.idx").exists()
+    before = outputs(tmp_path / "out")
+    assert run(*usual, tmp_path / "r.json") == 0
+    assert (tmp_path / "r.txt").exists() and outputs(tmp_path / "out") == before and not (tmp_path / "out.work").exists()
 
 
 def test_a_stricter_beginning_may_go_on_leniently(tmp_path, text, capsys):

@@ -5,7 +5,7 @@ import glob
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,15 +72,29 @@ def is_stream(name: str) -> bool:
     return name == "-" or (os.path.exists(name) and not stat.S_ISREG(os.stat(name).st_mode) and not os.path.isdir(name))
 
 
-def expand(name: str) -> list[str]:
-    """The files of a name: itself, what a glob finds, or all known files below a folder; sorted. Raises DataError for nothing."""
+def in_folder(path: Path) -> bool:
+    """Is a file, by its path in a folder of inputs, taken for one?"""
+    kind, compression = split_name(path.name)
+    plain = Path(path.stem if compression else path.name)
+    return kind is not None and plain.suffix != ".json" and not any(part.endswith(".work") for part in path.parts[:-1])
+
+
+def expand(name: str, own: Collection[Path] = ()) -> list[str]:
+    """The files of a name: itself, what a glob finds, or all known files below a folder; sorted. Raises DataError for nothing.
+
+    What is no corpus isn't found, but may be named: the program's `own` outputs, what other runs have made, and in folders
+    every .json, which may be a tokenizer or a report as well.
+    """
+    taken = {path.resolve() for path in own}
     if os.path.isdir(name):
-        found = sorted(str(path) for path in Path(name).rglob("*") if split_name(path.name)[0] and path.is_file())
+        found = sorted(str(path) for path in Path(name).rglob("*") if in_folder(path.relative_to(name)) and path.is_file()
+                       and path.resolve() not in taken)
         if not found:
             raise DataError(f"input {name} is a folder without .jsonl, .txt or .parquet files")
         return found
     if not os.path.exists(name) and glob.has_magic(name):
-        found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+        found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path)
+                       and not path.endswith(".data.json") and Path(path).resolve() not in taken)
         if not found:
             raise DataError(f"input {name} fits no file")
         return found
@@ -102,12 +116,12 @@ def find_source(path: str, kind: str | None = None) -> Source:
     return Source(path, kind, compression, found.st_size, found.st_mtime_ns)
 
 
-def find_sources(names: Sequence[str], store: Callable[[str], Source]) -> list[Source]:
-    """All inputs, in the order of the names; `store` makes a file of a stream.
+def find_sources(names: Sequence[str], store: Callable[[str], Source], own: Collection[Path] = ()) -> list[Source]:
+    """All inputs, in the order of the names; `store` makes a file of a stream, `own` are outputs.
 
     Raises DataError for a name that gives none, and for a file that is given twice.
     """
-    paths = [path for name in names for path in ([name] if is_stream(name) else expand(name))]
+    paths = [path for name in names for path in ([name] if is_stream(name) else expand(name, own))]
     seen: set[str] = set()
     for path in paths:
         real = os.path.realpath(path)

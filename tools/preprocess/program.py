@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from importlib import metadata
 from pathlib import Path
 
 import megalm
 from megalm.data.description import FORMAT, description_path, tokenizer_identity
 from megalm.data.errors import DataError
-from megalm.data.indexed import refuse_existing, token_dtype
+from megalm.data.indexed import file_paths, refuse_existing, token_dtype
 from megalm.data.tokenizer import Tokenizer, TokenizerSource, guess_source, load_tokenizer
 
 from .backends import Backend, Reference, fast_backend
@@ -23,7 +24,7 @@ from .merge import Merger, prepare, publish
 from .parts import part_path
 from .pool import make_parts
 from .report import Progress, Totals, show_problems, summary
-from .report_files import write_report
+from .report_files import check_report, report_paths, write_report
 from .store import Work
 from .texts import Policy
 
@@ -39,13 +40,17 @@ def preprocess(arguments: argparse.Namespace) -> int:
         hint = f"; it has {' and '.join(known)}" if known else ""
         raise DataError(f"{arguments.tokenizer} doesn't say which token ends a document{hint}: name it with --eod, "
                         "or give --no-append-eod")
+    outputs = (*file_paths(arguments.output), description_path(arguments.output))
+    if arguments.report:
+        check_report(Path(arguments.report), outputs)
+        outputs += report_paths(Path(arguments.report))
     with Work(arguments.output) as work:
         if arguments.restart:
             work.restart()
         if not work.begun:
             refuse_existing(arguments.output, arguments.force)
         try:
-            return _preprocess(arguments, work, source, tokenizer)
+            return _preprocess(arguments, work, source, tokenizer, outputs)
         except (OSError, KeyboardInterrupt) as error:
             kept = "nothing was written"
             if work.worth_keeping:
@@ -56,10 +61,12 @@ def preprocess(arguments: argparse.Namespace) -> int:
             raise
 
 
-def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSource, tokenizer: Tokenizer) -> int:
-    sources = find_sources(arguments.input, work.store_stream)
+def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSource, tokenizer: Tokenizer,
+                outputs: Sequence[Path]) -> int:
+    sources = find_sources(arguments.input, work.store_stream, outputs)
     dtype = token_dtype(tokenizer.vocab_size)
     run = {"tokenizer": tokenizer_identity(source) | {"eod": tokenizer.eod}, "dtype": str(dtype),
+           "versions": versions(tokenizer), "verify": arguments.verify,
            "unit_bytes": arguments.piece_bytes, "options": options(arguments), "inputs": describe(sources)}
     goes_on = work.begin(run)
     units = make_units(sources, arguments.piece_bytes)
@@ -80,13 +87,25 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
             raise nothing(totals, arguments)
         prepare(work, dtype, description(run, totals, sources, units))
     publish(work, arguments.output, description_path(arguments.output))
-    work.clear()
-    show_problems(totals)
     if arguments.report:
         write_report(Path(arguments.report), totals)
+    work.clear()
+    show_problems(totals)
     if not arguments.quiet:
         print(summary(arguments.output, totals, dtype, progress, name))
     return 0
+
+
+def versions(tokenizer: Tokenizer) -> dict[str, str | None]:
+    """Of all that makes ids: a run that goes on with others might not go on to the same ones."""
+    found = {"megalm": megalm.__version__}
+    libraries = {"huggingface": ("tokenizers", "gigatoken"), "sentencepiece": ("sentencepiece", "gigatoken")}
+    for name in libraries.get(tokenizer.type, ()):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def options(arguments: argparse.Namespace) -> dict:

@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
+from megalm.data.errors import DataError
 from megalm.data.publish import write_atomically
 
 from .report import Totals
@@ -52,14 +55,37 @@ def table(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(path: Path, totals: Totals) -> None:
-    """FILE.json, FILE.txt, and FILE.png where matplotlib is."""
-    found = figures(totals)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, [json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n"])
-    write_atomically(path.with_suffix(".txt"), [table(found).encode()])
+def report_paths(path: Path) -> tuple[Path, Path, Path]:
+    """The files of a report: JSON, table, picture."""
+    return path, path.with_suffix(".txt"), path.with_suffix(".png")
+
+
+def check_report(path: Path, others: Collection[Path]) -> None:
+    """Raises DataError for a name that doesn't end in .json, is a folder, can't be in one, or is the name of another output."""
+    if path.suffix != ".json":
+        raise DataError(f"--report {path}: give a name that ends in .json; beside it come .txt and .png")
+    if path.is_dir() or path.resolve() in [other.resolve() for other in others]:
+        what = "a folder" if path.is_dir() else "a file of the data set"
+        raise DataError(f"--report {path}: that is {what}; give another name")
     try:
-        picture(path.with_suffix(".png"), found["tokens_histogram"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--report {path}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"--report {path}: the folder {path.parent} can't be written to")
+
+
+def write_report(path: Path, totals: Totals) -> None:
+    """FILE.json, FILE.txt, and FILE.png where matplotlib is. Raises DataError where they can't be written."""
+    found = figures(totals)
+    path, text, image = report_paths(path)
+    try:
+        write_atomically(path, [json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n"])
+        write_atomically(text, [table(found).encode()])
+        picture(image, found["tokens_histogram"])
+    except OSError as error:
+        raise DataError(f"the data set is written, but not the report {path}: {error.strerror}; the same command writes it "
+                        "too") from error
     except ImportError:
         print("no picture of the lengths: matplotlib isn't installed", file=sys.stderr)
 

@@ -26,8 +26,8 @@ from .inputs import Source, find_source, split_name
 
 RUN, STATE, LOCK, STREAM = "run.json", "state.json", "lock", "stream-"
 SHOWN = 4
-# What is done under these holds under any other value too: nothing had to be left out or mended.
-RELAXED = (("skip_invalid", False), ("encoding_errors", "stop"))
+# What is done under these holds under any other value too: nothing had to be left out or mended, everything was compared.
+RELAXED = (("skip_invalid", False), ("encoding_errors", "stop"), ("verify", True))
 
 
 class Work:
