@@ -35,11 +35,12 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Where a tokenizer comes from; the config's tokenizer section has the same three attributes."""
+    """Where a tokenizer comes from; the config's tokenizer section has the same first three attributes."""
 
     type: str
     path: str | None = None
     eod: str | None = None  # the text of the end-of-document token
+    special_tokens: bool = True  # does the text of a special token become that token, as in a prompt? Else it is plain text
 
 
 def load_tokenizer(source) -> Tokenizer:
@@ -58,8 +59,9 @@ def load_tokenizer(source) -> Tokenizer:
     path = Path(source.path)
     if not path.is_file():
         raise DataError(f"tokenizer {path} is {'a folder; name its file' if path.is_dir() else 'missing'}")
-    kind = SentencePieceTokenizer if source.type == "sentencepiece" else HuggingFaceTokenizer
-    return kind(path, source.eod)
+    if source.type == "sentencepiece":
+        return SentencePieceTokenizer(path, source.eod)
+    return HuggingFaceTokenizer(path, source.eod, getattr(source, "special_tokens", True))
 
 
 def guess_source(name: str, kind: str | None = None, eod: str | None = None) -> TokenizerSource:
@@ -144,8 +146,8 @@ class HuggingFaceTokenizer:
 
     type = "huggingface"
 
-    def __init__(self, path: Path, eod: str | None = None):
-        """Raises DataError if the file isn't a tokenizer or has no token `eod`."""
+    def __init__(self, path: Path, eod: str | None = None, special_tokens: bool = True):
+        """`special_tokens` as in TokenizerSource. Raises DataError if the file isn't a tokenizer or has no token `eod`."""
         import tokenizers
 
         self.path = path
@@ -155,6 +157,9 @@ class HuggingFaceTokenizer:
             raise DataError(f"{path} isn't a tokenizer.json: {' '.join(str(error).split())}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = not special_tokens
+        added_tokens = self._tokenizer.get_added_tokens_decoder().values()
+        self.plain_tokens = [] if special_tokens else [token.content for token in added_tokens if token.special]
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps: the count isn't enough
         self.eod = None if eod is None else vocabulary.get(eod)

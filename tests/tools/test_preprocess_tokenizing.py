@@ -235,6 +235,22 @@ def test_a_tokenizer_that_remembers_is_renewed(folder, monkeypatch):
     assert fast.model is not first
 
 
+@pytest.mark.parametrize("check", [0, 2000])
+def test_text_never_becomes_a_special_token_unasked(folder, tmp_path, check, capsys):
+    """With the reference and with the fast one; asked for, it is as Megatron-LM has it."""
+    path = json_lines(tmp_path / "a.jsonl", ["a<|endoftext|>b", "plain", "<|endoftext|>"])
+    usual = ("--input", path, "--tokenizer", folder / "t.json", "--eod", "<|endoftext|>", "--check-documents", check)
+    plain = load_tokenizer(TokenizerSource("huggingface", str(folder / "t.json"), special_tokens=False))
+    for asked, expected in (([], plain), (["--special-tokens"], load(folder, "t.json"))):
+        assert run(*usual, "--output", tmp_path / f"out{len(asked)}", *asked) == 0
+        assert ("gigatoken" in capsys.readouterr().out) == bool(check)
+        reader = IndexedReader(tmp_path / f"out{len(asked)}")
+        assert [reader.tokens(i).tolist() for i in range(3)] == [
+            [*expected.encode(text), 1000] for text in ("a<|endoftext|>b", "plain", "<|endoftext|>")]
+    assert 1000 not in plain.encode("a<|endoftext|>b") and 1000 in expected.encode("a<|endoftext|>b")
+    assert plain.decode(plain.encode("a<|endoftext|>b")) == "a<|endoftext|>b"
+
+
 def test_sentences():
     text = ("Dr. Weiss saw it at 3.5 m, e.g. by night. \"Was it lost?\" Nobody knew... The end!\n\nA title\n\n你好。再见！（完） "
             "هل تريد؟ نعم. J. Doe left")

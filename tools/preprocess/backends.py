@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -91,7 +91,7 @@ def fast_backend(tokenizer: Tokenizer, short: bool = False) -> tuple[Backend | N
     proto = tokenizer.files()[0].read_bytes()
     try:
         if tokenizer.type == "huggingface":
-            return Gigatoken(lambda: load_hf_json(proto), reference, None, short), ""
+            return Gigatoken(lambda: load_hf_json(proto), reference, any_of(getattr(tokenizer, "plain_tokens", [])), short), ""
         content, unsafe = from_sentencepiece(proto)
         return Gigatoken(lambda: load_hf_json(content), reference, unsafe, short), ""
     except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
@@ -119,6 +119,10 @@ def from_sentencepiece(proto: bytes) -> tuple[bytes, re.Pattern | None]:
     spaces = own | {piece.replace("\u2581", " ") for piece in own}
     content["added_tokens"] = []
     content["model"]["merges"] = [pair for pair in content["model"]["merges"] if pair[0] + pair[1] not in hidden]
-    unsafe = re.compile("|".join(map(re.escape, sorted(spaces, key=len, reverse=True)))) if own else None
-    return json.dumps(content, ensure_ascii=False).encode(), unsafe
+    return json.dumps(content, ensure_ascii=False).encode(), any_of(spaces)
+
+
+def any_of(texts: Collection[str]) -> re.Pattern | None:
+    """What finds each of them, the longest first; None for none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
 

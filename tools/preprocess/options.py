@@ -54,6 +54,8 @@ def parser() -> Parser:
     add("--tokenizer-type", choices=TYPES, help="where the path doesn't say it")
     add("--eod", metavar="TOKEN", help="the token that ends a document: needed for a tokenizer.json (sentencepiece: eos)")
     add("--no-append-eod", dest="append_eod", action="store_false", help="don't end documents with that token")
+    add("--special-tokens", action="store_true", help="where a text holds that of a special token of a tokenizer.json, such as "
+        "<|endoftext|>, it becomes that token, as in Megatron-LM; else it stays text, as sentencepiece has it")
     add("--field", default="text", help="the JSON field, or the column, that holds the text (text)")
     add("--split-sentences", action="store_true", help="each sentence is a sequence of its document, for data of BERT's kind")
     add("--workers", type=positive, default=1, metavar="N", help="processes; the output doesn't depend on it (1)")

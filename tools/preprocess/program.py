@@ -5,7 +5,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -33,7 +33,8 @@ SHORT = 500  # characters, that a text has in the mean
 
 def preprocess(arguments: argparse.Namespace) -> int:
     """The program, after its arguments. Raises DataError for everything that is wrong with them or with the input."""
-    source = guess_source(arguments.tokenizer, arguments.tokenizer_type, arguments.eod)
+    source = replace(guess_source(arguments.tokenizer, arguments.tokenizer_type, arguments.eod),
+                     special_tokens=arguments.special_tokens)
     tokenizer = load_tokenizer(source)
     if arguments.append_eod and tokenizer.eod is None:
         known = getattr(tokenizer, "eod_candidates", [])
@@ -110,7 +111,7 @@ def versions(tokenizer: Tokenizer) -> dict[str, str | None]:
 
 def options(arguments: argparse.Namespace) -> dict:
     """What the output depends on besides inputs and tokenizer."""
-    names = ("field", "append_eod", "split_sentences", "encoding_errors", "skip_invalid")
+    names = ("field", "append_eod", "special_tokens", "split_sentences", "encoding_errors", "skip_invalid")
     return {name: getattr(arguments, name) for name in names} | {"cleaning": asdict(cleaning_of(arguments))}
 
 
