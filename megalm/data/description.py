@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import DataError
+from .tokenizer import load_tokenizer
 
 FORMAT = 1
 
@@ -37,7 +38,7 @@ def read_description(prefix: str | Path) -> dict | None:
 
 
 def tokenizer_problems(prefixes: Iterable[str | Path], source) -> list[str]:
-    """One line for each data set that was made with another tokenizer than `source`."""
+    """One line for each data set that was made with another tokenizer than `source`, or with another end of document."""
     ours, problems = tokenizer_identity(source), []
     for prefix in dict.fromkeys(map(str, prefixes)):
         found = read_description(prefix)
@@ -47,6 +48,9 @@ def tokenizer_problems(prefixes: Iterable[str | Path], source) -> list[str]:
         if (theirs.get("type"), theirs.get("sha256")) != (ours["type"], ours["sha256"]):
             problems.append(f"data set {prefix} was made with the tokenizer {named(theirs)}, and this is {named(ours)}; "
                             f"tokenize the text anew (if they are the same, remove {description_path(prefix)})")
+        elif theirs.get("eod") is not None and (eod := load_tokenizer(source).eod) not in (None, theirs["eod"]):
+            problems.append(f"data set {prefix} ends its documents with token {theirs['eod']}, and the tokenizer's end "
+                            f"of document is {eod} here; give the tokenizer the eod that the data set was made with")
     return problems
 
 

@@ -38,8 +38,13 @@ def test_what_it_says(folder):
 
 
 def test_the_right_tokenizer_and_a_foreign_data_set(folder):
-    source = TokenizerSource("sentencepiece", f"{folder}/spm.model", "<s>")
+    source = TokenizerSource("sentencepiece", f"{folder}/spm.model", "</s>")
     assert tokenizer_problems([folder / "set", folder / "foreign", folder / "none"], source) == []
+
+
+def test_another_end_of_document(folder):
+    [problem] = tokenizer_problems([folder / "set"], TokenizerSource("sentencepiece", f"{folder}/spm.model", "<s>"))
+    assert f"data set {folder}/set ends its documents with token 2, and the tokenizer's end of document is 1 here" in problem
 
 
 def test_another_tokenizer(folder):

@@ -50,13 +50,23 @@ def test_two_tokenizers_are_not_merged(tmp_path, capsys):
     assert "b.data.json can't be read" in refused(capsys, "merge", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c")
 
 
-def test_without_a_description_of_all_there_is_none(tmp_path):
-    """An older one beside a data set that is replaced goes with it."""
+def test_two_ends_of_document_are_not_merged(tmp_path, capsys):
+    ours = made(tmp_path)
+    for name, eod in (("a", 2), ("b", 1)):
+        describe(tmp_path / name, ours | {"eod": eod})
+    err = refused(capsys, "merge", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c")
+    assert "a ends its documents with token 2 and " in err and "b with 1; tokenize one" in err
+
+
+def test_without_a_description_of_all_there_is_none(tmp_path, capsys):
+    """That is said. An older one beside a data set that is replaced goes with it."""
     made(tmp_path)
     write(tmp_path / "other", [[1]], "int32")
     for inputs, there in ((("a", "b"), True), (("a", "other"), False)):
         assert run("merge", *(tmp_path / name for name in inputs), "--output", tmp_path / "c", "--overwrite") == 0
         assert (read_description(tmp_path / "c") is not None) == there
+        said = f"no .data.json is written, as there is none of {tmp_path}/other: training won't notice the wrong tokenizer\n"
+        assert capsys.readouterr().err == ("" if there else said)
     assert not list(tmp_path.glob("*.partial"))
 
 

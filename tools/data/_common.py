@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,7 +42,10 @@ Parents = list[tuple[IndexedReader, dict]]
 
 
 def parents_of(readers: Sequence[IndexedReader]) -> Parents | None:
-    """Each data set with its PREFIX.data.json; None if one has none. Raises DataError if two name different tokenizers."""
+    """Each data set with its PREFIX.data.json; None if one has none: said, if others have one, as it is lost.
+
+    Raises DataError if two name different tokenizers or ends of document.
+    """
     found = [(reader, read_description(reader.prefix)) for reader in readers]
     known = [(reader, description) for reader, description in found if description is not None]
     for reader, description in known[1:]:
@@ -49,7 +53,15 @@ def parents_of(readers: Sequence[IndexedReader]) -> Parents | None:
         if (first.get("type"), first.get("sha256")) != (tokenizer.get("type"), tokenizer.get("sha256")):
             raise DataError(f"{known[0][0].prefix} was made with the tokenizer {named(first)} and {reader.prefix} with "
                             f"{named(tokenizer)}: their ids don't mean the same; tokenize one of them again")
-    return known if len(known) == len(found) else None
+        if None not in (first.get("eod"), tokenizer.get("eod")) and first["eod"] != tokenizer["eod"]:
+            raise DataError(f"{known[0][0].prefix} ends its documents with token {first['eod']} and {reader.prefix} with "
+                            f"{tokenizer['eod']}; tokenize one of them again")
+    if len(known) == len(found):
+        return known
+    if known:
+        bare = ", ".join(str(reader.prefix) for reader, description in found if description is None)
+        print(f"no .data.json is written, as there is none of {bare}: training won't notice the wrong tokenizer", file=sys.stderr)
+    return None
 
 
 def inherited(parents: Parents, counts: dict, **how) -> bytes:
