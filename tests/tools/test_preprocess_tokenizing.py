@@ -158,6 +158,30 @@ def test_a_fast_one_that_fails(tmp_path, folder, monkeypatch, capsys):
     assert "failing gives other ids for nothing: it fails (index out of bounds)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", [PanicException, RuntimeError])
+def test_a_fast_one_that_fails_after_the_check(tmp_path, folder, monkeypatch, capsys, kind):
+    right = load(folder, "llama.model")
+
+    class Failing:
+        name = "failing"
+
+        def __call__(self, texts):
+            if "cat" in texts:
+                raise kind("index out\nof bounds")
+            return Reference(right)(texts)
+
+    for module in ("job", "program"):
+        monkeypatch.setattr(f"megalm.tools.preprocess.{module}.fast_backend", lambda *_: (Failing(), ""))
+    monkeypatch.setattr("megalm.tools.preprocess.program.corpus_samples", lambda *_: [Sample("dog")])
+    path = json_lines(tmp_path / "a.jsonl", ["dog", "cat"])
+    usual = ("--input", path, "--tokenizer", folder / "llama.model")
+    assert run(*usual, "--output", tmp_path / "out") == 0
+    assert capsys.readouterr().err == (f"different: {path}, line 1, 2 documents from there on: the fast tokenizer fails (index "
+                                       "out of bounds); the reference's were taken\n")
+    assert run(*usual, "--output", tmp_path / "right", "--check-documents", 0, "--quiet") == 0
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "right.bin").read_bytes()
+
+
 def test_without_the_fast_library(tmp_path, folder, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "gigatoken.gigatoken_rs", None)
     path = json_lines(tmp_path / "a.jsonl", ["dog"])

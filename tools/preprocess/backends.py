@@ -74,6 +74,13 @@ class Gigatoken:
         return np.concatenate([ids for ids, _ in parts]), np.concatenate([lengths for _, lengths in parts])
 
 
+def failure_of(error: BaseException) -> str | None:
+    """How a fast tokenizer failed, if the error is one of its own: a Rust library's panic is no Exception."""
+    if isinstance(error, RuntimeError) or type(error).__name__ == "PanicException":
+        return " ".join(str(error).split())
+    return None
+
+
 def joined(parts: Sequence[np.ndarray], dtype) -> np.ndarray:
     """All one after the other; a single one is not copied."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, dtype)

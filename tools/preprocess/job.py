@@ -8,7 +8,7 @@ import numpy as np
 
 from megalm.data.tokenizer import Tokenizer, TokenizerSource, load_tokenizer
 
-from .backends import Backend, Reference, fast_backend
+from .backends import Backend, Reference, failure_of, fast_backend
 from .cleaning import Cleaner, Cleaning
 from .duplicates import exact_marks, near_marks
 from .encode import Documents, encode
@@ -115,12 +115,21 @@ class Worker:
     def _encode(self, texts: list[str], chunk: Chunk, places: list[int], counts: Counts) -> Documents:
         if self.fast is None:
             return encode(texts, self.reference, self.eod, self.dtype, self.split)
-        documents = encode(texts, self.fast, self.eod, self.dtype, self.split)
+        try:
+            documents = encode(texts, self.fast, self.eod, self.dtype, self.split)
+        except BaseException as error:
+            if (why := failure_of(error)) is None:
+                raise
+            self.fast = fast_backend(self.reference.tokenizer, self.job.short)[0]  # what failed in the middle may be broken
+            if len(counts.differences) < SHOWN:
+                counts.differences.append(f"{chunk.where(places[0])}, {len(texts)} documents from there on: the fast tokenizer "
+                                          f"fails ({why})")
+            return encode(texts, self.reference, self.eod, self.dtype, self.split)
         if not self.job.verify:
             return documents
         right = encode(texts, self.reference, self.eod, self.dtype, self.split)
         for place in different(documents, right)[:max(0, SHOWN - len(counts.differences))]:
-            counts.differences.append(chunk.where(places[place]))
+            counts.differences.append(f"{chunk.where(places[place])}: the fast tokenizer gives other ids")
         return right
 
 

@@ -15,7 +15,7 @@ from megalm.data.errors import DataError
 from megalm.data.indexed import file_paths, refuse_existing, token_dtype
 from megalm.data.tokenizer import Tokenizer, TokenizerSource, guess_source, load_tokenizer
 
-from .backends import Backend, Reference, fast_backend
+from .backends import Backend, Reference, failure_of, fast_backend
 from .checking import corpus_samples, first_difference, strange_samples
 from .cleaning import Cleaning
 from .inputs import Source, Unit, describe, file_hash, find_sources, make_units
@@ -148,9 +148,9 @@ def choose(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequenc
     try:
         difference = first_difference(samples, fast, reference)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # a Rust library's, which is no Exception
+        if (why := failure_of(error)) is None:
             raise
-        difference = f"nothing: it fails ({' '.join(str(error).split())})"
+        difference = f"nothing: it fails ({why})"
     if difference is None:
         return fast, short, f"{fast.name} (equal to {reference.name} on {len(samples):,} documents)"
     print(f"tokenizing at {reference.name}'s own speed: {fast.name} gives other ids for {difference}", file=sys.stderr)

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -122,13 +121,4 @@ def show_problems(totals: Totals, words: str = "skipped") -> None:
     for problem in totals.problems[:SHOWN]:
         print(f"{words}: {problem}", file=sys.stderr)
     for document in totals.differences[:SHOWN]:
-        print(f"different: {document}: the fast tokenizer gives other ids; the reference's were taken", file=sys.stderr)
-
-
-def bytes_per_token(totals: Totals) -> float:
-    return totals.bytes / max(1, totals.tokens)
-
-
-def percentages(values: Sequence[int]) -> list[float]:
-    total = max(1, sum(values))
-    return [value / total for value in values]
+        print(f"different: {document}; the reference's were taken", file=sys.stderr)
