@@ -1,6 +1,7 @@
 """Several data sets mixed by weight: which one gives sample i, and which of its own samples that is."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,9 +90,10 @@ def build_dataset(sources: Sequence, seq_length: int, num_samples: int, seed: in
     if not sources:
         raise DataError("no data set is named: data needs at least one {\"path\": ...}")
     paths = [str(source.path) for source in sources]
+    named = Counter(Path(path).resolve() for path in paths)  # m/a and m/./a are one
     for path in paths:
-        if paths.count(path) > 1:
-            raise DataError(f"{path} is named {paths.count(path)} times; name it once, with the sum of its weights")
+        if (times := named[Path(path).resolve()]) > 1:
+            raise DataError(f"{path} is named {times} times; name it once, with the sum of its weights")
     blend = Blend([source.weight for source in sources], num_samples)
     folder = None if cache_dir is None else Path(cache_dir)
     if folder is not None:

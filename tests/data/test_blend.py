@@ -45,6 +45,8 @@ def test_bad_sources(tmp_path):
     source = make_sources(tmp_path)[0]
     with pytest.raises(DataError, match="is named 2 times"):
         build_dataset([source, source], 10, 10, 1, None)
+    with pytest.raises(DataError, match="is named 2 times"):
+        build_dataset([source, Source(f"{tmp_path}/./a")], 10, 10, 1, None)
     with pytest.raises(DataError, match="no data set at .*one.*; no data set at .*two"):
         build_dataset([source, Source(str(tmp_path / "one")), Source(str(tmp_path / "two"))], 10, 10, 1, None)
 

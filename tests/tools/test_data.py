@@ -110,6 +110,7 @@ def test_what_cannot_be_merged(tmp_path, capsys):
     out = ("--output", tmp_path / "out")
     assert "holds uint16 and" in (err := refused(capsys, "merge", a, b, *out)) and "int32" in err
     assert "is named 2 times: its documents would be doubled" in refused(capsys, "merge", a, c, a, *out)
+    assert "is named 2 times" in refused(capsys, "merge", a, f"{tmp_path}/./a", *out)
     err = refused(capsys, "merge", a, tmp_path / "none", tmp_path / "no", *out)
     assert "no data set at" in err.split(";")[0] and "no data set at" in err.split(";")[1]
     assert "c is read and can't be written" in refused(capsys, "merge", a, c, "--output", c, "--overwrite")

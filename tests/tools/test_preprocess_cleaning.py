@@ -40,7 +40,11 @@ def test_normalization(tmp_path):
 
 
 @pytest.mark.parametrize("secret", [
-    "-----BEGIN RSA PRIVATE KEY-----\nMIIabc\n-----END RSA PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----\ncut off",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIabc\n-----END RSA PRIVATE KEY-----",
+    "-----BEGIN PRIVATE KEY-----\nMIIEvgIBADANBgkqhkiG\n9w0BAQEFAASCBKgwggSk",
+    r"-----BEGIN PRIVATE KEY-----\nMIIEvgIBADANBgkqhkiG\n9w0BAQEFAASC\n-----END PRIVATE KEY-----",
+    "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES,00\n\nMIIEvgIBADANBgkqhkiG\nab==\n"
+    "-----END RSA PRIVATE KEY-----",
     "AKIAABCDEFGHIJKLMNOP",
     "ghp_" + "a1" * 18, "xoxb-123456789012-abc", "AIza" + "x" * 35, "sk_live_" + "9" * 20, "sk-" + "a" * 40,
     "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
@@ -55,6 +59,14 @@ def test_a_password_in_code_and_what_is_none():
     assert SECRETS.sub("[SECRET]", "password = 'hunter2hunter2'") == "[SECRET]'"
     for text in ("password = input()", "the secret: 'no'", "token = next(tokens)", "-----BEGIN CERTIFICATE-----"):
         assert not SECRETS.search(text)
+
+
+def test_secrets_leave_prose_and_take_linear_time():
+    assert SECRETS.sub("[SECRET]", "a file begins with -----BEGIN RSA PRIVATE KEY----- and is kept apart, says the manual") == (
+        "a file begins with [SECRET] and is kept apart, says the manual")
+    key = "-----BEGIN PRIVATE KEY-----"
+    for many in ("eyJaaaaaaaaaa-" * 20_000, key + "\n" * 200_000, f"{key}\nx" * 999):
+        SECRETS.sub("[SECRET]", many)  # quadratic, the first would take minutes
 
 
 def test_emails(tmp_path):

@@ -189,7 +189,7 @@ def test_malformed_text(tmp_path, capsys):
     assert texts(tmp_path / "out") == ["good", "😀", "nan", "mark"]
     out, err = capsys.readouterr()
     assert "3 not UTF-8" in out and err.count("skipped: ") == 3 and "line 3: half a surrogate pair" in err
-    (tmp_path / "b.txt").write_bytes(b"\xff x")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf\xff x")
     assert run("--input", tmp_path / "b.txt", *usual[2:], "--encoding-errors", "replace") == 0
     assert texts(tmp_path / "out") == ["\ufffd x"]
 

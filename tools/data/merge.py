@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 
 from megalm.data.errors import DataError
-from megalm.data.indexed import IndexedReader
+from megalm.data.indexed import IndexedReader, file_paths
 from megalm.data.rewrite import Part
 from megalm.tools._progress import Progress
 from megalm.tools.data._common import described, inherited, open_all, parents_of, published, refuse_outputs, writing
@@ -33,9 +33,10 @@ def check_alike(readers: list[IndexedReader]) -> None:
 
 def work(arguments: argparse.Namespace) -> int:
     """The command. Raises DataError for what is wrong with the data sets; then nothing is written."""
-    for prefix in arguments.inputs:
-        if arguments.inputs.count(prefix) > 1:
-            raise DataError(f"{prefix} is named {arguments.inputs.count(prefix)} times: its documents would be doubled")
+    files = [file_paths(prefix)[0].resolve() for prefix in arguments.inputs]  # m/a and m/./a are one
+    for prefix, file in zip(arguments.inputs, files, strict=True):
+        if files.count(file) > 1:
+            raise DataError(f"{prefix} is named {files.count(file)} times: its documents would be doubled")
     readers = open_all(arguments.inputs)
     check_alike(readers)
     refuse_outputs([arguments.output], arguments.inputs, arguments.overwrite)

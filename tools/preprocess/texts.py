@@ -112,7 +112,7 @@ def carefully(chunk: Chunk, place: int, raw: bytes | None, name: str) -> str:
 def mended(chunk: Chunk, place: int, raw: bytes, name: str) -> str:
     """The text with U+FFFD for every maximal bad part, as the WHATWG and Unicode's chapter 3.9 have it, and for half a pair."""
     if chunk.source.kind != "jsonl":
-        return raw.decode("utf-8", "replace")
+        return raw.decode("utf-8-sig" if chunk.source.kind == "txt" else "utf-8", "replace")
     whole = raw.decode("utf-8-sig", "replace").encode()
     text = parse_text(whole, chunk.where(place), name, surrogates=True)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
