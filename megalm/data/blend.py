@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import DataError
 from .proportions import Blend
-from .samples import PackedSamples
+from .samples import PackedSamples, block_memory
 
 MOST_TOLD = 20
 
@@ -98,10 +98,10 @@ def build_dataset(sources: Sequence, seq_length: int, num_samples: int, seed: in
     folder = None if cache_dir is None else Path(cache_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    parts, problems = [], []
+    parts, problems, blocks = [], [], block_memory()
     for path, count in zip(paths, blend.counts().tolist(), strict=True):
         try:
-            parts.append(PackedSamples(path, seq_length, count, seed, folder))
+            parts.append(PackedSamples(path, seq_length, count, seed, folder, blocks))
         except DataError as error:
             problems.append(str(error))
     if problems:

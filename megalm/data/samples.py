@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,13 @@ INDEX_VERSION = 2
 DOCUMENTS, SAMPLES = 0, 1  # what a permutation is for
 STRIDE = 64
 CHUNK = STRIDE << 14  # documents worked on at a time
+BLOCKS = 1024  # of STRIDE documents that are remembered, 6 kB each
 NEIGHBOURS = 1024  # samples whose places are looked up together, as a run reads them in order
+
+
+def block_memory() -> Callable[[PackedSamples, int, int], tuple[list[int], list[int]]]:
+    """Remembers the BLOCKS blocks that were looked up last, of all data sets that share it."""
+    return lru_cache(maxsize=BLOCKS)(PackedSamples.look_up_block)
 
 
 def epochs_needed(total_tokens: int, seq_length: int, num_samples: int) -> int:
@@ -62,8 +68,11 @@ def build_index(count: int, lengths: Callable[[np.ndarray], np.ndarray], epochs:
 class PackedSamples:
     """The samples of one data set: an IndexedReader and its sample index."""
 
-    def __init__(self, prefix: str | Path, seq_length: int, num_samples: int, seed: int, cache_dir: Path | None):
+    def __init__(self, prefix: str | Path, seq_length: int, num_samples: int, seed: int, cache_dir: Path | None,
+                 blocks: Callable | None = None):
         """Opens the data set and maps its index, building that first if `cache_dir` doesn't hold it (None: in memory).
+
+        blocks: a block_memory() that is shared with others; None: one of its own.
 
         Raises DataError if the data set is damaged or holds no tokens.
         """
@@ -82,8 +91,8 @@ class PackedSamples:
                        lambda: build_index(self._count, lambda documents: self._spans(documents)[1], epochs, seed))
         self._marks = index["marks"]
         self._order = lru_cache(maxsize=8)(lambda count, epoch, what: Permutation(count, seed, epoch, what))
-        self._block = lru_cache(maxsize=1024)(self._look_up_block)
-        self._places = lru_cache(maxsize=8)(self._look_up_places)
+        self._block = partial(blocks or block_memory(), self)
+        self._places = lru_cache(maxsize=2)(self._look_up_places)
 
     @property
     def epochs(self) -> float:
@@ -134,15 +143,15 @@ class PackedSamples:
         epoch = epochs_needed(self.total_tokens, self.seq_length, index + 1) - 1
         low = samples_in(epoch, self.total_tokens, self.seq_length)
         near, place = divmod(index - low, NEIGHBOURS)
-        return low + self._places(epoch, near)[place]
+        return low + int(self._places(epoch, near)[place])
 
-    def _look_up_places(self, epoch: int, near: int) -> list[int]:
-        """NEIGHBOURS entries of the shuffle of an epoch's samples, or as many as are left of it."""
+    def _look_up_places(self, epoch: int, near: int) -> np.ndarray:
+        """NEIGHBOURS entries of the shuffle of an epoch's samples, or as many as are left of it: int64 [n]."""
         low, high = (samples_in(e, self.total_tokens, self.seq_length) for e in (epoch, epoch + 1))
         places = np.arange(near * NEIGHBOURS, min((near + 1) * NEIGHBOURS, high - low))
-        return self._order(high - low, epoch, SAMPLES).item_at(places).tolist()
+        return self._order(high - low, epoch, SAMPLES).item_at(places)
 
-    def _look_up_block(self, epoch: int, block: int) -> tuple[list[int], list[int]]:
+    def look_up_block(self, epoch: int, block: int) -> tuple[list[int], list[int]]:
         """Of STRIDE documents in their order in an epoch: where they end in the block, and where in the data set each would
         start if it had all of the block before itself."""
         places = np.arange(block * STRIDE, min((block + 1) * STRIDE, self._count))

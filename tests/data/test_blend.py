@@ -39,6 +39,17 @@ def test_order_depends_on_seed_alone(tmp_path):
     assert all((tokens == read[0]).all() for tokens in read[1:4]) and (read[4] != read[0]).any()
 
 
+def test_all_data_sets_share_one_memory(tmp_path, monkeypatch):
+    """What is remembered doesn't grow with their number, and what is forgotten is looked up again."""
+    sources = make_sources(tmp_path)
+    right = build_dataset(sources, 10, 200, 3, None)
+    monkeypatch.setattr("megalm.data.samples.BLOCKS", 2)
+    dataset = build_dataset(sources, 10, 200, 3, None)
+    assert all((dataset.tokens(i) == right.tokens(i)).all() for i in range(200))
+    [memory] = {part._block.func for part in dataset.parts}
+    assert memory.cache_info().currsize == 2
+
+
 def test_bad_sources(tmp_path):
     with pytest.raises(DataError, match="no data set is named"):
         build_dataset([], 10, 10, 1, None)
