@@ -78,6 +78,20 @@ def test_emails(tmp_path):
     assert not EMAILS.search("a@b.c") and not EMAILS.search("x" * 100_000 + "@")
 
 
+def test_what_is_left_out_where_parts_come_together_is_not_read(tmp_path, monkeypatch):
+    """Runs of documents of several sequences, some of them empty, are copied as they lie; no array of their tokens is made."""
+    from megalm.tools.preprocess.parts import Part
+    real = Part.array
+    monkeypatch.setattr(Part, "array", lambda self, name: real(self, name) if name != "tokens" else pytest.fail("read"))
+    documents = ["One. Two.", "", "a b", "One. Two.", "Three. Four. Five.", "a b", "", "end", "end"]
+    path = json_lines(tmp_path / "a.jsonl", documents)
+    assert run("--input", path, "--output", tmp_path / "out", "--tokenizer", "bytes", "--deduplicate", "--split-sentences") == 0
+    reader = IndexedReader(tmp_path / "out")
+    sentences = [bytes(reader.tokens(i)[reader.tokens(i) < 256].astype(np.uint8)).decode() for i in range(len(reader))]
+    assert sentences == ["One.", "Two.", "a b", "Three.", "Four.", "Five.", "end"]
+    assert reader.document_indices.tolist() == [0, 2, 2, 3, 6, 7]
+
+
 def test_lengths(tmp_path):
     documents = ["a", "bb", "ccc", "dddd", "é" * 2]
     kept, report = clean(tmp_path, documents, "--min-characters", 2, "--max-characters", 3)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ from megalm.data.publish import sync_folder, write_atomically
 
 from .cleaning import Cleaning
 from .duplicates import wanted
-from .encode import Documents
 from .parts import Part, part_path
 from .report import Totals
 from .store import Work
@@ -61,11 +60,10 @@ class Merger:
         lengths, counts, sizes = part.array("lengths"), part.array("counts"), part.array("sizes")
         kept = self._kept(part, sizes)
         if kept is None or kept.all():
-            copy_bytes(part.path, part.token_bytes, self.files["tokens"])
+            copy_bytes(part.path, [(0, part.token_bytes)], self.files["tokens"])
         else:
-            documents = Documents(part.array("tokens"), lengths, counts).keep(kept)
-            write_all(self.files["tokens"], documents.tokens)
-            lengths, counts, sizes = documents.lengths, documents.counts, sizes[kept]
+            copy_bytes(part.path, self._ranges(kept, lengths, counts), self.files["tokens"])
+            lengths, counts, sizes = lengths[np.repeat(kept, counts)], counts[kept], sizes[kept]
         write_all(self.files["lengths"], lengths)
         write_all(self.files["counts"], counts)
         self.totals.add(part, lengths, counts, sizes)
@@ -73,6 +71,12 @@ class Merger:
         self.broken = False
         if time.monotonic() - self.noted_at > EVERY:
             self.note()
+
+    def _ranges(self, kept: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
+        """(first byte, byte behind the last) of each run of documents that are kept: no token need be in memory."""
+        sequences = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        edges = sequences[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])] * self.dtype.itemsize
+        return edges[np.flatnonzero(np.diff(kept, prepend=False, append=False))].reshape(-1, 2).tolist()
 
     def _kept(self, part: Part, sizes: np.ndarray) -> np.ndarray | None:
         """Which documents of a part are no duplicates, bool [documents]; None where nobody asked."""
@@ -106,12 +110,12 @@ def write_all(file, array: np.ndarray) -> None:
         rest = rest[file.write(rest):]
 
 
-def copy_bytes(path: Path, size: int, target) -> None:
-    """Append the first `size` bytes of a file to another, in the kernel where it can. Raises OSError for a full disk."""
-    offset = 0
+def copy_bytes(path: Path, ranges: Sequence[tuple[int, int]], target) -> None:
+    """Append the bytes [start, end) of a file to another, in the kernel where it can. Raises OSError for a full disk."""
     with open(path, "rb", buffering=0) as source:
-        while offset < size:
-            offset += os.sendfile(target.fileno(), source.fileno(), offset, min(COPY, size - offset))
+        for offset, end in ranges:
+            while offset < end:
+                offset += os.sendfile(target.fileno(), source.fileno(), offset, min(COPY, end - offset))
 
 
 def index_bytes(folder: Path, dtype: np.dtype) -> Iterator[bytes]:

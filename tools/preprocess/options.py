@@ -60,7 +60,8 @@ def parser() -> Parser:
     add("--split-sentences", action="store_true", help="each sentence is a sequence of its document, for data of BERT's kind")
     add("--workers", type=positive, default=1, metavar="N", help="processes; the output doesn't depend on it (1)")
     add("--piece-bytes", type=positive, default=64 << 20, metavar="N",
-        help="of input that a worker does at a time: what is done again, for each, after a stop (67108864)")
+        help="of input that a worker does at a time: what is done again, for each, after a stop (67108864); a compressed file is "
+             "done by one worker, as a whole: many are better than a large one")
     add("--check-documents", type=int, default=2000, metavar="N",
         help="the fast tokenizer is used if it gives the ids of the reference on N documents of the corpus, the longest and "
              "strangest of 64 places among them (2000; parts stand for very long ones); 0: the reference tokenizes")
