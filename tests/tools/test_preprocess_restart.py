@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.tools import preprocess
+from megalm.data.errors import DataError
 from megalm.tools.kill_preprocess import kill_at_moments, outputs
 from megalm.tools.preprocess import duplicates, merge, parts, report_files, store
 from tests.tools.test_preprocess import json_lines, refused, run
@@ -215,5 +215,21 @@ def test_two_at_once(tmp_path, text, capsys):
         assert "another process is writing it now" in refused(capsys, "--input", text, "--output", tmp_path / "out", *PIECES)
 
 
-def test_help_is_quick():
-    assert preprocess.parser().format_help().count("--restart") == 2
+def test_a_new_run_is_not_removed_by_one_that_ends(tmp_path):
+    """Behind a folder that is removed, another process may have begun."""
+    with store.Work(str(tmp_path / "out")) as first:
+        first.clear()
+        with store.Work(str(tmp_path / "out")) as second:
+            second.begin({})
+            second.save({"merged": 0})
+    assert (tmp_path / "out.work" / "run.json").exists()
+
+
+def test_a_lock_that_was_removed_is_none(tmp_path, monkeypatch):
+    """The folder goes between opening the lock and taking it."""
+    def late(file, how):
+        (tmp_path / "out.work" / "lock").unlink()
+
+    monkeypatch.setattr(store.fcntl, "flock", late)
+    with pytest.raises(DataError, match="another process finishes writing it"), store.Work(str(tmp_path / "out")):
+        pass

@@ -37,11 +37,15 @@ class Work:
         self.prefix, self.folder = prefix, Path(f"{prefix}.work")
         self._lock: int | None = None
         self._streams = 0
+        self._gone = False
 
     def __enter__(self) -> Work:
         """Raises DataError if another process is at it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            raise DataError(f"{self.prefix}: another process finishes writing it at this moment") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -50,15 +54,24 @@ class Work:
             raise DataError(f"{self.prefix}: another process is writing it now") from None
         except OSError:
             pass  # a file system without locks: two writers at once aren't noticed there
+        if not self._locked_here():  # who held the lock has removed the folder since it was opened
+            os.close(self._lock)
+            self._lock = None
+            raise DataError(f"{self.prefix}: another process finishes writing it at this moment")
         for left in self.folder.glob(f"*{PARTIAL}"):
             left.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_) -> None:
-        if not self.worth_keeping:
+        if not self._gone and not self.worth_keeping:  # a second time it might be another process's
             self.clear()
         if self._lock is not None:
             os.close(self._lock)
+
+    def _locked_here(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._lock), os.stat(self.folder / LOCK))
+        return False
 
     @property
     def begun(self) -> bool:
@@ -134,6 +147,9 @@ class Work:
         for name in (RUN, STATE):
             (self.folder / name).unlink(missing_ok=True)
         if not keep:
+            self._gone = True
+            with contextlib.suppress(OSError):
+                self.clear(keep=(LOCK,))  # the lock goes last: behind it the folder may be another's
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         for path in self.folder.iterdir():
