@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megalm.data.errors import DataError
+from megalm.tools.preprocess import reading
 from megalm.tools.preprocess.inputs import Span, find_source, find_sources, make_units
 from megalm.tools.preprocess.reading import BLOCK, begin_before, read_chunks, whole_lines
 from tests.tools.test_preprocess import PROGRAM, json_lines, read, refused, run
@@ -66,6 +67,16 @@ def test_what_is_no_corpus_in_a_folder(tmp_path):
     json_lines(tmp_path / "named.json", ["yes"])
     assert run("--input", tmp_path / "named.json", "--output", tmp_path / "out", *USUAL) == 0
     assert texts(tmp_path / "out") == ["yes"]
+
+
+def test_many_bad_lines_are_counted_once(tmp_path, monkeypatch, capsys):
+    path, opened = tmp_path / "a.jsonl", []
+    path.write_text("x\n" * 300 + '{"text": "good"}\n')
+    real = reading.open_stream
+    monkeypatch.setattr(reading, "open_stream", lambda source: (opened.append(1), real(source))[1])
+    assert run("--input", path, "--output", tmp_path / "out", *USUAL, "--skip-invalid") == 0
+    assert texts(tmp_path / "out") == ["good"] and len(opened) == 2
+    assert "a.jsonl, line 10: not JSON" in capsys.readouterr().err
 
 
 def test_zstd_of_the_largest_window(tmp_path):

@@ -24,6 +24,7 @@ class Chunk:
     source: Source
     raw: list[bytes]
     first: int
+    before: int | None = None  # lines, once they were counted
 
     def where(self, place: int) -> str:
         """The file and the line of a document, for a message; lines are counted only now, and only near the beginning."""
@@ -33,12 +34,13 @@ class Chunk:
             return self.source.name
         if self.first > COUNTED:
             return f"{self.source.name}, the line at byte {self.first + sum(len(line) + 1 for line in self.raw[:place])}"
-        with open_stream(self.source) as stream:
-            before, left = 0, self.first
-            while left > 0 and (block := stream.read(min(BLOCK, left))):
-                before += block.count(b"\n")
-                left -= len(block)
-        return f"{self.source.name}, line {before + place + 1}"
+        if self.before is None:
+            with open_stream(self.source) as stream:
+                self.before, left = 0, self.first
+                while left > 0 and (block := stream.read(min(BLOCK, left))):
+                    self.before += block.count(b"\n")
+                    left -= len(block)
+        return f"{self.source.name}, line {self.before + place + 1}"
 
 
 def open_stream(source: Source):

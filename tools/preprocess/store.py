@@ -146,12 +146,15 @@ class Work:
         """Remove everything but some files, first what says that there is a run: a folder half removed is none to go on from."""
         for name in (RUN, STATE):
             (self.folder / name).unlink(missing_ok=True)
-        if not keep:
-            self._gone = True
-            with contextlib.suppress(OSError):
-                self.clear(keep=(LOCK,))  # the lock goes last: behind it the folder may be another's
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if keep:
+            self._remove_all_but(keep)
             return
+        self._gone = True
+        with contextlib.suppress(OSError):
+            self._remove_all_but((LOCK,))  # the lock goes last: behind it the folder may be another's
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove_all_but(self, keep: Sequence[str]) -> None:
         for path in self.folder.iterdir():
             if path.name not in keep:
                 path.unlink()
