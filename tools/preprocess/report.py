@@ -116,9 +116,9 @@ def summary(prefix: str, totals: Totals, dtype: np.dtype, progress: Progress, to
     return text
 
 
-def show_problems(totals: Totals, words: str = "skipped") -> None:
+def show_problems(totals: Totals) -> None:
     """The first documents that were left out or mended, on stderr."""
     for problem in totals.problems[:SHOWN]:
-        print(f"{words}: {problem}", file=sys.stderr)
+        print(problem, file=sys.stderr)
     for document in totals.differences[:SHOWN]:
         print(f"different: {document}; the reference's were taken", file=sys.stderr)

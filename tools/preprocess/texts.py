@@ -79,7 +79,7 @@ def slowly(chunk: Chunk, place: int, policy: Policy, found: Found) -> str | None
         if policy.encoding_errors == "stop" and not policy.skip_invalid:
             raise DataError(f"{error}; --encoding-errors replace or drop goes on") from None
         found.malformed += 1
-        found.note(str(error))
+        found.note(f"{'mended' if policy.encoding_errors == 'replace' else 'skipped'}: {error}")
         if policy.encoding_errors != "replace":
             return found.drop("not UTF-8", len(raw))
     except DataError as error:
@@ -94,7 +94,7 @@ def slowly(chunk: Chunk, place: int, policy: Policy, found: Found) -> str | None
 def left_out(error: DataError, raw: bytes | None, policy: Policy, found: Found) -> None:
     if not policy.skip_invalid:
         raise DataError(f"{error}; --skip-invalid leaves such documents out") from None
-    found.note(str(error))
+    found.note(f"skipped: {error}")
     found.drop("invalid", len(raw or b""))
 
 
