@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,19 +85,6 @@ def shapes(lengths: Sequence[int] = LENGTHS, dims: Sequence[int] = DIMS) -> list
 TINY = Shape(130, 1, 1, 64, True)
 
 
-@contextmanager
-def in_order() -> Iterator[None]:
-    """Sums in a fixed order; new memory is left as it is, which would cost time that is not the kernels'."""
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-
-
 def _sdpa(backend: SDPBackend, causal: bool) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -111,22 +98,21 @@ def _flash_attn(causal: bool) -> Callable[..., Tensor]:
     return lambda q, k, v: flash_attn_func(q, k, v, causal=causal)
 
 
-def contenders(shape: Shape) -> dict[str, tuple[Callable[[], Callable[..., Tensor]], bool, Callable]]:
-    """{name: (makes the function of q, k, v; whether their lengths come first, as ours, or their batch; around its backward)}."""
-    def ours(around: Callable) -> Callable[[], Callable[..., Tensor]]:
+def contenders(shape: Shape) -> dict[str, tuple[Callable[[], Callable[..., Tensor]], bool]]:
+    """{name: (makes the function of q, k, v; whether their lengths come first, as ours, or their batch)}."""
+    def ours(around: Callable, deterministic: bool = False) -> Callable[[], Callable[..., Tensor]]:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with around():
-                return attention(q, k, v, causal=shape.causal, backend="megalm")
+                return attention(q, k, v, causal=shape.causal, backend="megalm", deterministic=deterministic)
         return lambda: call
 
-    return {HOPPER: (ours(nullcontext), True, nullcontext), PORTABLE: (ours(portable), True, nullcontext),
-            ORDERED: (ours(nullcontext), True, in_order),
-            FLASH: (lambda: _sdpa(SDPBackend.FLASH_ATTENTION, shape.causal), False, nullcontext),
-            CUDNN: (lambda: _sdpa(SDPBackend.CUDNN_ATTENTION, shape.causal), False, nullcontext),
-            "flash_attn": (lambda: _flash_attn(shape.causal), False, nullcontext)}
+    return {HOPPER: (ours(nullcontext), True), PORTABLE: (ours(portable), True), ORDERED: (ours(nullcontext, True), True),
+            FLASH: (lambda: _sdpa(SDPBackend.FLASH_ATTENTION, shape.causal), False),
+            CUDNN: (lambda: _sdpa(SDPBackend.CUDNN_ATTENTION, shape.causal), False),
+            "flash_attn": (lambda: _flash_attn(shape.causal), False)}
 
 
-def _calls(call: Callable[..., Tensor], shape: Shape, lengths_first: bool, around: Callable, device: str) -> dict[str, Callable]:
+def _calls(call: Callable[..., Tensor], shape: Shape, lengths_first: bool, device: str) -> dict[str, Callable]:
     """A function without arguments for each phase; both have run once."""
     sizes = (shape.length, shape.batch) if lengths_first else (shape.batch, shape.length)
     leaves = [torch.randn(*sizes, shape.heads, shape.dim, device=device).to(torch.bfloat16).requires_grad_() for _ in range(3)]
@@ -134,8 +120,7 @@ def _calls(call: Callable[..., Tensor], shape: Shape, lengths_first: bool, aroun
     grad = torch.randn_like(out)
 
     def backward() -> None:
-        with around():
-            torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
     def forward() -> None:
         with torch.no_grad():
@@ -149,9 +134,9 @@ def _calls(call: Callable[..., Tensor], shape: Shape, lengths_first: bool, aroun
 def race(shape: Shape, device: str, matmul: float, quick: bool = False) -> dict[str, Any]:
     """Seconds, fractions of `matmul` FLOP/s and targets of one shape, in the form of tools/bench_ops.py."""
     calls, skipped = {}, {}
-    for name, (make, lengths_first, around) in contenders(shape).items():
+    for name, (make, lengths_first) in contenders(shape).items():
         try:
-            calls[name] = _calls(make(), shape, lengths_first, around, device)
+            calls[name] = _calls(make(), shape, lengths_first, device)
         except OUT_OF_PLACE as error:
             if "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise

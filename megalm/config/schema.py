@@ -282,6 +282,9 @@ class Train(Section):
     """Stop after so many steps in a row with a loss or gradient that isn't finite."""
     compile: bool = False
     """torch.compile each layer."""
+    deterministic: bool = True
+    """Sum attention's gradients in a fixed order, so that a repeated or resumed run is bitwise the same with megalm's or
+    flash_attn's kernels; false is a few percent faster on Hopper."""
     z_loss: NaturalFloat = 0.0
     """Times the square of each token's log-sum-exp, added to its loss (Chowdhery et al. 2022); evaluations leave it out."""
     label_smoothing: Probability = 0.0

@@ -57,6 +57,7 @@ class Rules(NamedTuple):
     samples: Tensor | None
     heads: tuple[int, int, int]
     softmax: str                # the backend of the softmax of scores, where megalm's attention is made of one
+    deterministic: bool = False  # the gradients have the same bits every time
 
     def traits(self, dtype: torch.dtype, dims: str, lse: bool) -> tuple[str, ...]:
         """What a backend may not be able to do, or had better not, as the registry's table has it."""
@@ -86,7 +87,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: fl
               window: tuple[int, int] | None = None, documents: Documents | tuple[Tensor, Tensor] | None = None,
               softcap: float = 0.0, slopes: Tensor | None = None, sinks: Tensor | None = None, dropout: float = 0.0,
               key: DropoutKey | None = None, samples: Tensor | None = None, heads: tuple[int, int, int] | None = None,
-              return_lse: bool = False, backend: str = "auto", softmax: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+              return_lse: bool = False, backend: str = "auto", softmax: str = "auto",
+              deterministic: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v: q [s, b, H, d], k [s_k, b, G, d], v [s_k, b, G, e], strided views too -> [s, b, H, e].
 
     scale: default d ** -0.5. window: (keys before, keys after) the query's own place that it sees, UNBOUNDED for no bound; causal
@@ -95,17 +97,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: fl
     full) are this rank's among all (default: it has all); `megalm` and `reference` draw the same mask under every layout,
     `torch` and `flash_attn` their own. return_lse: also the natural logarithm of each row's sum of exponentials, fp32 [b, H, s],
     -inf where a query sees nothing: what parts of an attention are merged by. softmax: the backend of the softmax of scores,
-    where `megalm` has no kernel of the whole.
+    where `megalm` has no kernel of the whole. deterministic: the same bits every time; `megalm` then sums the gradient of the
+    queries in a fixed order on Hopper too, and flash_attn takes its own such path; torch's SDPA follows torch's own switch.
     Raises ValueError for shapes that don't fit, dropout without key and samples, or a backend that can't serve.
     """
-    rules = _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax)
+    rules = _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax,
+                   deterministic)
     traits = rules.traits(q.dtype, dims_trait(q.shape[3], v.shape[3]), return_lse)
     run, _ = choose("attention", backend, Features(q.device.type, q.dtype, traits))
     out, lse = run(q, k, v, rules)
     return (out, lse) if return_lse else out
 
 
-def _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax) -> Rules:
+def _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax,
+           deterministic) -> Rules:
     if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or q.shape[1::2] != k.shape[1::2]:
         raise ValueError(f"attention shapes q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need q [s, b, H, d], "
                          "k [s_k, b, G, d] and v [s_k, b, G, e] with G dividing H")
@@ -132,7 +137,7 @@ def _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dr
         key = samples = None
     heads = (0, q.shape[2], q.shape[2]) if heads is None else heads
     return Rules(left, 0 if causal else right, first, last, lengths, scale, softcap, slopes, sinks, dropout, key, samples, heads,
-                 softmax)
+                 softmax, deterministic)
 
 
 def packed_documents(starts: Tensor, device: torch.device) -> Documents:
@@ -270,7 +275,8 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, 
 
     query, keys, values = (x.transpose(0, 1) for x in (q, k, v))               # views [b, s, heads, d]
     context = flash_attn_func(query, keys, values, dropout_p=rules.dropout, softmax_scale=rules.scale, causal=rules.right == 0,
-                              window_size=(rules.left, rules.right), softcap=rules.softcap, alibi_slopes=rules.slopes)
+                              window_size=(rules.left, rules.right), softcap=rules.softcap, alibi_slopes=rules.slopes,
+                              deterministic=rules.deterministic)
     return context.transpose(0, 1), None
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from megalm.ops.attention import attention, dims_trait, document_bounds
-from megalm.ops.kernels.attention import HEAD_DIMS, attention_backward, attention_forward
+from megalm.ops.kernels.attention import HEAD_DIMS, attention_backward, attention_forward, portable
 from megalm.ops.library import DTYPES
 from megalm.ops.random import ATTENTION_SCORES, DropoutKey
 from megalm.ops.registry import REGISTRY
@@ -33,7 +35,7 @@ def test_instances_are_those_of_the_table():
 
 def test_registration(shim):
     q, k, v = (x.detach() for x in tensors())
-    rules = (None, None, -1, 0, 0.125, 0.0, None, 0.0, 0, torch.tensor(0), torch.tensor(0), 0, 0, False)
+    rules = (None, None, -1, 0, 0.125, 0.0, None, 0.0, 0, torch.tensor(0), torch.tensor(0), 0, 0, False, True)
     torch.library.opcheck(attention_forward, (q, k, v, None, None, None, *rules[1:]))
     out, lse = attention_forward(q, k, v, None, None, None, *rules[1:])
     torch.library.opcheck(attention_backward, (out, lse, q, k, v, out, lse, None, None, *rules[1:]))
@@ -67,12 +69,14 @@ def test_no_recompilation_for_another_step(shim):
     assert counter.frame_count == 1 and not torch.equal(first, second)
 
 
-def test_the_same_bits_every_time_and_in_every_order(shim):
-    """Deterministic: what a thread sums doesn't depend on who comes first."""
-    inputs, found = tensors(70, 70, heads=4, groups=2), []
+@pytest.mark.parametrize("path, length, dim", [(portable, 70, 64), (nullcontext, 300, 64), (nullcontext, 300, 128)])
+def test_the_same_bits_every_time_and_in_every_order(shim, path, length, dim):
+    """Deterministic: what a thread sums doesn't depend on who comes first. By Hopper's path, of several blocks, on request."""
+    inputs, found = tensors(length, length, heads=2, dim=dim), []
     for order in (0, 1, 7):
         shim.set_order(order)
-        out = attention(*inputs, backend="megalm")
+        with path():
+            out = attention(*inputs, backend="megalm", deterministic=path is nullcontext)
         found.append([out, *torch.autograd.grad(out.float().sin().sum(), inputs)])
     shim.set_order(0)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

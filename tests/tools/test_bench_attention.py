@@ -9,7 +9,7 @@ import torch
 
 from megalm.ops.library import drop_shim
 from megalm.tools import bench_attention
-from megalm.tools.bench_attention import ASKED_OF, Shape, in_order, shapes, verdicts
+from megalm.tools.bench_attention import ASKED_OF, Shape, shapes, verdicts
 from megalm.tools.build_kernels import build_shim
 
 
@@ -34,13 +34,6 @@ def test_verdicts():
     assert [verdict["met"] for verdict in verdicts(found)] == [True, False, True, False, False]
     del found["sdpa cudnn"], found["megalm portable"]
     assert [verdict["got"] for verdict in verdicts(found)] == [0.0, 0.0, pytest.approx(2.0 / 2.3)]
-
-
-def test_sums_in_order_leave_the_flags_as_they_were():
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    with in_order():
-        assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
-    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory == before
 
 
 def test_all_of_it_on_a_cpu(tmp_path, capsys):

@@ -20,7 +20,8 @@ KEY = DropoutKey(1234, 5, 3, ATTENTION_SCORES)
 
 def case(name: str, s: int, s_k: int, batch: int, heads: int, groups: int, dims: tuple[int, int] = (64, 64),
          plain: str = "torch", lse: bool = False, sinks: bool = False, options: Callable[[Tensor], dict] = lambda q: {},
-         path: Callable = portable, op: str = "attention", backward: bool = True) -> Case:
+         path: Callable = portable, op: str = "attention", backward: bool = True,
+         deterministic: bool = False) -> Case:
     """`options(q)` makes the call's keyword arguments on q's device; the call is made inside `path()`."""
     def inputs():
         tensors = [randn(s, batch, heads, dims[0]), randn(s_k, batch, groups, dims[0], seed=1),
@@ -29,7 +30,8 @@ def case(name: str, s: int, s_k: int, batch: int, heads: int, groups: int, dims:
 
     def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, backend: str):
         with path():
-            return attention(q, k, v, return_lse=lse, backend=backend, **({"sinks": rest[0]} if rest else {}), **options(q))
+            return attention(q, k, v, return_lse=lse, backend=backend, deterministic=deterministic,
+                             **({"sinks": rest[0]} if rest else {}), **options(q))
 
     def grads():
         return [randn(s, batch, heads, dims[1], seed=4), *([randn(batch, heads, s, seed=5)] if lse else [])]

@@ -9,6 +9,8 @@ from megalm.tools.kernel_cases.attention import documents, fixed, packed, slopes
 from megalm.tools.kernel_cases.attention import hopper as _case
 from megalm.tools.kernel_cases.case import Case
 
+_ordered = partial(_case, op="attention hopper in order", deterministic=True)
+
 
 def small() -> list[Case]:
     bent = partial(_case, plain="reference")
@@ -23,6 +25,12 @@ def small() -> list[Case]:
         _case("full s290 d128", 290, 400, 1, 1, 1, (128, 128), options=fixed(causal=False)),
         _case("documents d128", 200, 200, 1, 2, 1, (128, 128), options=partial(documents, [100, 64, 36])),
         _case("window d128", 260, 260, 1, 1, 1, (128, 128), options=fixed(window=(70, 0))),
+        _ordered("s520", 520, 520, 1, 1, 1),
+        _ordered("s330 d128", 330, 330, 1, 2, 1, (128, 128)),
+        _ordered("full s290 d128", 290, 400, 1, 1, 1, (128, 128), options=fixed(causal=False)),
+        _ordered("documents d128", 200, 200, 1, 2, 1, (128, 128), options=partial(documents, [100, 64, 36])),
+        _ordered("window", 260, 260, 1, 2, 1, options=fixed(window=(70, 0))),
+        _ordered("blocks of queries that see nothing", 400, 150, 1, 1, 1),
         bent("softcap and alibi d128", 150, 170, 1, 2, 1, (128, 128), options=lambda q: {"softcap": 2.0, **slopes(q)}),
     ]
 
@@ -33,4 +41,8 @@ def large() -> list[Case]:
             _case("s1023 d128", 1023, 1023, 2, 4, 2, (128, 128)),
             _case("full s2048 d128", 2048, 2048, 1, 8, 8, (128, 128), options=fixed(causal=False)),
             _case("documents s2048 d128", 2048, 2048, 1, 4, 4, (128, 128), options=partial(documents, [700, 1, 1047, 300])),
-            _case("window s2048 d128", 2048, 2048, 1, 8, 2, (128, 128), options=fixed(window=(500, 0)))]
+            _case("window s2048 d128", 2048, 2048, 1, 8, 2, (128, 128), options=fixed(window=(500, 0))),
+            *(_ordered(f"d{d} s2048", 2048, 2048, 1, 8, 2, (d, d)) for d in (64, 128)),
+            _ordered("full s2048 d128", 2048, 2048, 1, 8, 8, (128, 128), options=fixed(causal=False)),
+            _ordered("documents s2048 d128", 2048, 2048, 1, 4, 4, (128, 128), options=partial(documents, [700, 1, 1047, 300])),
+            _ordered("window s2048 d128", 2048, 2048, 1, 8, 2, (128, 128), options=fixed(window=(500, 0)))]

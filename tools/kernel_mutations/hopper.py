@@ -38,6 +38,8 @@ MUTATIONS = (
     _bug("facts of a tile not waited for", _BACKWARD, "QUERIES_HERE + stage, 1 + WARP);", "QUERIES_HERE + stage, 1);"),
     _bug("turns counted from the first keys", _BACKWARD, "- 1) / KEYS - work.block);", "- 1) / KEYS - work.block + 1);"),
     _bug("a turn that is not passed", _BACKWARD, "      if (thread == 0) turn_pass(now);\n", ""),
+    _bug("sums in no order leave some out", _BACKWARD, "add_to(to + Sums::place(n, thread), grad_q[n]);",
+         "if (p.deterministic || n < 7) add_to(to + Sums::place(n, thread), grad_q[n]);"),
     _bug("blocks whose turn is last begin first", _BACKWARD, "block = last_first ? blocks - 1 - rest / here : rest / here;",
          "block = last_first ? rest / here : blocks - 1 - rest / here;"),
     _bug("more registers than there are", _BACKWARD, "MULTIPLIES = QUERIES == 64 ? 240 : 232;", "MULTIPLIES = 240;"),

@@ -1,7 +1,7 @@
 """Attention by csrc/attention_*.cu: no s x s buffer.
 
 The same bits every time, but for the gradient of the queries on Hopper, which is summed in no fixed order unless
-torch.use_deterministic_algorithms asks for one.
+the call asks for one.
 
 Memory: the backward pass keeps q, k, v, the output and one fp32 number a query and head.
 """
@@ -33,7 +33,8 @@ _BACKWARD = Operation("attention_backward",
                       pointers="q k v grad_out lse delta first last slopes samples workspace grad_q grad_k grad_v",
                       int64=f"{_SIZES} {_STRIDES} {_GRAD_STRIDES} left right head_first", float64="scale softcap kept",
                       uint32="key0 key1 threshold", int32="dtype portable deterministic")
-_DROPOUT = "Tensor? samples, float dropout, int seed, Tensor step, Tensor layer, int op, int head_first, bool portable"
+_DROPOUT = ("Tensor? samples, float dropout, int seed, Tensor step, Tensor layer, int op, int head_first, "
+            "bool portable, bool deterministic")
 _RULES = ("Tensor? first, Tensor? last, Tensor? slopes, Tensor? sinks, int left, int right, float scale, float softcap, "
           f"{_DROPOUT}")
 
@@ -85,7 +86,7 @@ def _empty_forward(q, k, v, *rules):
 
 
 def _forward(q, k, v, first, last, slopes, sinks, left, right, scale, softcap, samples, dropout, seed, step, layer, op,
-             head_first, portable):
+             head_first, portable, deterministic):
     check_dtypes(q, k=k, v=v)
     out, lse = _empty_forward(q, k, v)
     if out.numel() == 0 or k.shape[0] == 0:
@@ -110,7 +111,7 @@ def _empty_backward(grad_out, grad_lse, q, k, v, out, lse, *rules):
 
 
 def _backward(grad_out, grad_lse, q, k, v, out, lse, first, last, slopes, left, right, scale, softcap, samples, dropout, seed,
-              step, layer, op, head_first, portable):
+              step, layer, op, head_first, portable, deterministic):
     grad_q, grad_k, grad_v, delta = _empty_backward(grad_out, grad_lse, q, k, v, out, lse)
     if out.numel() == 0 or k.shape[0] == 0:
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), delta.zero_()
@@ -127,7 +128,7 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, first, last, slopes, left, 
     strided = dict(q=q, k=k, v=v, out=grad_out, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
     placed = {name: stride for prefix, tensor in strided.items() for name, stride in strides(prefix, tensor).items()}
     params = dict(q=q, k=k, v=v, grad_out=grad_out, lse=lse, delta=delta, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
-                  **sizes, **placed, **rules, dtype=dtype_code(q), deterministic=torch.are_deterministic_algorithms_enabled())
+                  **sizes, **placed, **rules, dtype=dtype_code(q), deterministic=deterministic)
     size = _BACKWARD.count("workspace", q.device, workspace=None, **params)
     workspace = q.new_empty(size, dtype=torch.uint8) if size else None
     _BACKWARD(q.device, workspace=workspace, **params)
@@ -171,4 +172,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rules) -> tuple[Tensor, Tensor]:
     key = rules.key if rules.samples is not None else DropoutKey(0, 0, 0, 0)
     return _Attention.apply(q, k, v, rules.first, rules.last, rules.slopes, rules.sinks, rules.left, rules.right, rules.scale,
                             rules.softcap, rules.samples, rules.dropout, key.seed, torch.as_tensor(key.step),
-                            torch.as_tensor(key.layer), key.op, rules.heads[0], bool(_portable))
+                            torch.as_tensor(key.layer), key.op, rules.heads[0], bool(_portable), rules.deterministic)
