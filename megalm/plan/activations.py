@@ -66,13 +66,21 @@ def _attention_core(config: Config, plan: Plan) -> int:
     rows, backend = plan.micro_batch * heads * model.seq_length, plan.backends["attention"]
     query, key = _query_and_key(config, plan)
     if not keeps_scores(config, backend):
-        # SDPA, called once for each document, keeps every document's context beside the whole.
-        return rows * 4 + (query if backend == "torch" and config.data.document_mask else 0)
+        return rows * 4 + (_sdpa_mask(config, plan, query) if backend == "torch" else 0)
     width = WIDTH[config.precision.dtype]
     scores = 4 if backend == "reference" else width
     operands = (query + 2 * key) * (scores - width) // width
     operands += key if model.qk_norm else 0  # the values once more: the norms keep the projection
     return operands + rows * model.seq_length * scores * (2 if model.attention_dropout > 0 or backend == "reference" else 1)
+
+
+def _sdpa_mask(config: Config, plan: Plan, query: int) -> int:
+    """Bytes that SDPA keeps for documents and a sliding window: its own context beside the one with each document's put together
+    or with 0 where a query sees nothing; and, but for documents alone, its mask, [1 or b, 1, s, s] in the queries' precision."""
+    model, documents = config.model, config.data.document_mask
+    if model.sliding_window is None and not (documents and config.train.compile):
+        return query if documents else 0
+    return query + (plan.micro_batch if documents else 1) * model.seq_length**2 * WIDTH[config.precision.dtype]
 
 
 def head_activations(config: Config, plan: Plan) -> int:

@@ -67,7 +67,12 @@ DOCUMENTS = [
     ("reference", {}, "fp32", "none", 1, False),
     ("reference", {}, "bf16", "selective", 1, False),
 ]
-CASES = [*((*case, {}) for case in LAYERS), *((*case, {"document_mask": True, "reset_positions": True}) for case in DOCUMENTS)]
+WINDOW = [
+    ("torch", {"sliding_window": 40}, "bf16", "none", 1, False),
+    ("torch", {**LLAMA_LAYER, "sliding_window": 40}, "fp32", "selective", 2, True),
+]
+CASES = [*((*case, {}) for case in LAYERS + WINDOW),
+         *((*case, {"document_mask": True, "reset_positions": True}) for case in DOCUMENTS + WINDOW)]
 
 
 @pytest.mark.parametrize("attention, model, dtype, recompute, tp, sequence_parallel, data", CASES)
