@@ -73,11 +73,14 @@ __device__ __forceinline__ void add_to(float *to, const float (&values)[4]) {
                "f"(values[3])
                : "memory");
 }
-// Waits until a number that other blocks pass on is at least `value`.
+// Waits until a number that other blocks pass on is at least `value`; stops the kernel where nobody passes it on (bounds that
+// decrease), after some ten seconds.
 __device__ __forceinline__ void turn_wait(const int *number, int value) {
-  int found;
-  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(found) : "l"(number) : "memory");
-  while (found < value);
+  for (int tries = 0, found; tries < 1 << 26; tries++) {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(found) : "l"(number) : "memory");
+    if (found >= value) return;
+  }
+  __trap();
 }
 // Passes it on: after what this thread did and what others did before a barrier that it has passed.
 __device__ __forceinline__ void turn_pass(int *number) {

@@ -92,13 +92,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: fl
     """softmax(scale q k^T + mask) v: q [s, b, H, d], k [s_k, b, G, d], v [s_k, b, G, e], strided views too -> [s, b, H, e].
 
     scale: default d ** -0.5. window: (keys before, keys after) the query's own place that it sees, UNBOUNDED for no bound; causal
-    narrows `after` to 0. documents: bounds of the keys that each query may see (`packed_documents`, `document_bounds`). softcap,
-    slopes, sinks: see Rules. dropout: share of probabilities dropped, by the mask of (key, samples); `heads` = (start, stop,
-    full) are this rank's among all (default: it has all); `megalm` and `reference` draw the same mask under every layout,
-    `torch` and `flash_attn` their own. return_lse: also the natural logarithm of each row's sum of exponentials, fp32 [b, H, s],
-    -inf where a query sees nothing: what parts of an attention are merged by. softmax: the backend of the softmax of scores,
-    where `megalm` has no kernel of the whole. deterministic: the same bits every time; `megalm` then sums the gradient of the
-    queries in a fixed order on Hopper too, and flash_attn takes its own such path; torch's SDPA follows torch's own switch.
+    narrows `after` to 0. documents: bounds of the keys that each query may see (`packed_documents`, `document_bounds`),
+    which never decrease along a sequence: refused on the CPU; on a GPU, where nobody looks, results then mean nothing or the
+    kernel stops with an error. softcap, slopes, sinks: see Rules. dropout: share of probabilities dropped, by the mask of (key,
+    samples); `heads` = (start, stop, full) are this rank's among all (default: it has all); `megalm` and `reference` draw the
+    same mask under every layout, `torch` and `flash_attn` their own. return_lse: also the natural logarithm of each row's sum of
+    exponentials, fp32 [b, H, s], -inf where a query sees nothing: what parts of an attention are merged by. softmax: the backend
+    of the softmax of scores, where `megalm` has no kernel of the whole. deterministic: the same bits every time; `megalm` then
+    sums the gradient of the queries in a fixed order on Hopper too, and flash_attn takes its own such path; torch's SDPA follows
+    torch's own switch.
     Raises ValueError for shapes that don't fit, dropout without key and samples, or a backend that can't serve.
     """
     rules = _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax,
@@ -126,6 +128,9 @@ def _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dr
         if bound is not None and (bound.shape != (q.shape[1], q.shape[0]) or bound.dtype != torch.int32):
             raise ValueError(f"attention documents: {name} must be int32 [b, s] = {(q.shape[1], q.shape[0])}, not {bound.dtype} "
                              f"{tuple(bound.shape)}")
+        # Where the look costs no wait for a GPU; there, kernels that wait for their turn in vain stop with an error.
+        if bound is not None and bound.device.type == "cpu" and not torch.compiler.is_compiling() and (bound.diff() < 0).any():
+            raise ValueError(f"attention documents: {name} decreases along a sequence; what a query sees may only move on")
     for name, values in (("slopes", slopes), ("sinks", sinks)):
         if name == "slopes" and values is not None and values.requires_grad:
             raise ValueError("attention slopes have no gradient; they are constants")

@@ -164,6 +164,9 @@ def test_what_is_refused(shim):
             attention(*inputs, softcap=2.0, backend="megalm")
     with pytest.raises(ValueError, match=r"documents: first must be int32 \[b, s\] = \(1, 20\), not torch.int64 \(20,\)"):
         attention(q, k, v, documents=(torch.zeros(20).long(), torch.zeros(20).long()), backend="megalm")
+    falling = torch.arange(20, 0, -1, dtype=torch.int32)[None]
+    with pytest.raises(ValueError, match="documents: last decreases along a sequence"):
+        attention(q, k, v, documents=(torch.zeros_like(falling), falling), backend="megalm")
     with pytest.raises(ValueError, match=r"slopes must be one number a head, \[2\], not \(3,\)"):
         attention(q, k, v, slopes=torch.ones(3), backend="megalm")
     with pytest.raises(ValueError, match="softcap must be positive"):
