@@ -42,11 +42,11 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None, *, ta
            sinks: Tensor | None = None, return_lse: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
     """q [n, b, H, d], the cache k [s, b, G, d] and v [s, b, G, e], strided views too -> [n, b, H, e].
 
-    lengths: int32 [b], tokens of each sequence, the n newest included; what the cache holds beyond is not read. Default: all s. A
-    query before its sequence's first token gives 0. table: int32 [b, pages of a sequence]; the cache is paged, k [pages, page,
-    G, d] and v [pages, page, G, e], and token t of sequence i lies in page table[i, t // page]; entries that no query needs may
-    be anything. left: keys before a query's own place that it sees. scale (default d ** -0.5), softcap, slopes, sinks and
-    return_lse (fp32 [b, H, n]) as in ops/attention.py.
+    lengths: int32 [b], tokens of each sequence, the n newest included, and no more than the cache has; what the cache holds
+    beyond is not read. Default: all s. A query before its sequence's first token gives 0. table: int32 [b, pages of a sequence];
+    the cache is paged, k [pages, page, G, d] and v [pages, page, G, e], and token t of sequence i lies in page table[i, t //
+    page]; entries that no query needs may be anything. left: keys before a query's own place that it sees. scale (default d **
+    -0.5), softcap, slopes, sinks and return_lse (fp32 [b, H, n]) as in ops/attention.py.
     Raises ValueError for shapes that don't fit or a backend that can't serve.
     """
     _check(q, k, v, lengths, table, softcap, slopes, sinks)
@@ -82,7 +82,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths, table, softcap: float, slop
 
 def _seen(queries: int, keys: int, batch: int, rules: Rules, device) -> Tensor:
     """Which key each query sees: bool [b, n, s]."""
-    lengths = torch.full((batch,), keys, device=device) if rules.lengths is None else rules.lengths.long()
+    lengths = torch.full((batch,), keys, device=device) if rules.lengths is None else rules.lengths.long().clamp(max=keys)
     place = lengths[:, None] - queries + torch.arange(queries, device=device)                  # [b, n]
     key = torch.arange(keys, device=device)
     seen = key <= place[..., None]
@@ -120,7 +120,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, T
     if rules.softcap > 0.0:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
     if rules.slopes is not None:
-        lengths = torch.full((b,), k.shape[0], device=q.device) if rules.lengths is None else rules.lengths
+        lengths = torch.full((b,), k.shape[0], device=q.device) if rules.lengths is None else rules.lengths.clamp(max=k.shape[0])
         place = lengths[:, None] - n + torch.arange(n, device=q.device)                        # [b, n]
         distance = torch.arange(k.shape[0], device=q.device) - place[:, None, :, None]         # [b, 1, n, s]
         scores = scores + wide(rules.slopes)[:, None, None] * distance

@@ -94,10 +94,13 @@ def test_what_no_query_sees_is_not_read(shim, left):
     assert torch.equal(got, expected) and expected.isfinite().all()
 
 
-def test_lengths_out_of_bounds_are_no_accesses_out_of_bounds(shim):
+@pytest.mark.parametrize("backend", ["megalm", "torch", "reference"])
+def test_lengths_out_of_bounds_are_no_accesses_out_of_bounds(shim, backend):
     q, k, v = tensors(40)
-    out = decode(q, k, v, lengths(1000, -7), backend="megalm")
-    assert torch.equal(out[:, :1], decode(q, k, v, lengths(40, 0), backend="megalm")[:, :1]) and not out[:, 1].any()
+    options = {"backend": backend} if backend == "torch" else {"backend": backend, "slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])}
+    for left in (-1, 9):
+        out = decode(q, k, v, lengths(1000, -7), left=left, **options)
+        assert torch.equal(out[:, :1], decode(q, k, v, lengths(40, 0), left=left, **options)[:, :1]) and not out[:, 1].any()
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 4), (2, 0, 4)])
