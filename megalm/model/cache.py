@@ -37,6 +37,7 @@ class KeyValueCache:
         self.lengths, self.most, self.device = [0] * batch, most, device
         self.start = self.end = 0               # the place of the first new token in the longest sequence; of the last, + 1
         self.positions: Tensor | None = None    # of the new tokens, int64 [n, b], where sequences differ
+        self.slots: Tensor | None = None        # where they are kept: the same, but for padding beyond the most
         self.seen: Tensor | None = None         # int32 [b], each sequence's length with the new tokens, where they differ
         self._layers: dict[nn.Module, LayerCache] = {}
 
@@ -48,7 +49,7 @@ class KeyValueCache:
         Raises ValueError where they don't fit.
         """
         assert not model.training and len(counts) == len(self.lengths), (model.training, counts)
-        self._place(max(counts))
+        self._place(counts)
         if not self._layers:
             self._layers = {module: LayerCache(self) for module in model.modules() if hasattr(module, "cache")}
         for module, layer in self._layers.items():
@@ -60,14 +61,17 @@ class KeyValueCache:
                 module.cache = None
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
-    def _place(self, n: int) -> None:
+    def _place(self, counts: Sequence[int]) -> None:
+        n = max(counts)
+        for length, count in zip(self.lengths, counts, strict=True):
+            if length + count > self.most:
+                raise ValueError(f"{count} more tokens after {length} don't fit into a cache of {self.most}")
         self.start, self.end = max(self.lengths), max(self.lengths) + n
-        if self.end > self.most:
-            raise ValueError(f"{n} more tokens after {self.start} don't fit into a cache of {self.most}")
-        self.positions = self.seen = None
+        self.positions = self.slots = self.seen = None
         if min(self.lengths) < self.start:
             lengths = torch.tensor(self.lengths, device=self.device)
-            self.positions = lengths + torch.arange(n, device=self.device)[:, None]             # [n, b]
+            self.slots = lengths + torch.arange(n, device=self.device)[:, None]                 # [n, b]
+            self.positions = self.slots.clamp(max=self.most - 1)                                # padding has none of its own
             self.seen = (lengths + n).to(torch.int32)
 
 
@@ -99,14 +103,14 @@ class LayerCache:
 
     def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Views [s, b, G, d] of all keys and values, the new ones included."""
-        end, positions = self.whole.end, self.whole.positions
+        end, slots = self.whole.end, self.whole.slots
         self.keys, self.values = (_roomy(old, new, self.whole) for old, new in ((self.keys, key), (self.values, value)))
         for kept, new in ((self.keys, key), (self.values, value)):
-            if positions is None:
+            if slots is None:
                 kept[:, :, self.whole.start:end] = new.permute(1, 2, 0, 3)
             else:
                 sequence = torch.arange(kept.shape[0], device=kept.device)[:, None]
-                kept[sequence, :, positions.t()] = new.transpose(0, 1)                          # [b, n, G, d]
+                kept[sequence, :, slots.t()] = new.transpose(0, 1)                          # [b, n, G, d]
         return tuple(kept[:, :, :end].permute(2, 0, 1, 3) for kept in (self.keys, self.values))
 
 
@@ -115,7 +119,7 @@ def _roomy(kept: Tensor | None, new: Tensor, whole: KeyValueCache) -> Tensor:
     have = 0 if kept is None else kept.shape[2]
     if have >= whole.end:
         return kept
-    room = min(whole.most, max(LEAST_ROOM, 2 * have, whole.end))
+    room = max(whole.end, min(whole.most, max(LEAST_ROOM, 2 * have)))  # padding may reach beyond the most
     grown = new.new_empty(*new.shape[1:3], room, new.shape[3])
     if kept is not None:
         grown[:, :, :whole.start] = kept[:, :, :whole.start]

@@ -19,6 +19,7 @@ FAMILIES = {
     "llama": {"num_query_groups": 2, "normalization": "rms_norm", "activation": "swiglu", "position_embedding": "rotary",
               "tie_embeddings": False, "bias": False, "qk_norm": True},
     "mqa": {"num_query_groups": 1, "position_embedding": "rotary"},
+    "window": {"num_query_groups": 2, "position_embedding": "rotary", "sliding_window": 12},
 }
 
 
@@ -68,6 +69,25 @@ def test_unequal_lengths(family):
             torch.testing.assert_close(hidden[:count, i], expected[seen[i]:seen[i] + count, i], rtol=1e-5, atol=1e-5)
             seen[i] += count
     assert cache.lengths == seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_padding_may_reach_beyond_the_most(family):
+    """A full sequence takes its last tokens beside one that takes more of them than there is room after it."""
+    whole, text, cache = model(family), tokens(2, SEQ), KeyValueCache(2, SEQ, CPU)
+    expected, seen = whole.outputs(text)[0], [0, 0]
+    for counts in ([SEQ - 3, 2], [1, 7], [2, 20], [0, 1]):
+        part = torch.full((2, max(counts)), VOCAB - 1)
+        for i, count in enumerate(counts):
+            part[i, :count] = text[i, seen[i]:seen[i] + count]
+        with cache.adding(whole, counts):
+            hidden = whole.outputs(part)[0]
+        for i, count in enumerate(counts):
+            torch.testing.assert_close(hidden[:count, i], expected[seen[i]:seen[i] + count, i], rtol=1e-5, atol=1e-5)
+            seen[i] += count
+    with pytest.raises(ValueError, match="1 more tokens after 200 don't fit into a cache of 200"), cache.adding(whole, [1, 1]):
+        pass
 
 
 @torch.no_grad()
