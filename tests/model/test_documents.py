@@ -99,6 +99,7 @@ def test_a_micro_batch_that_says_nothing_of_documents_is_noticed():
 
 
 @pytest.mark.parametrize("sections", [{}, {"model": {"hidden_size": 512}}, {"model": {"attention_dropout": 0.1}},
+                                      {"model": {"hidden_size": 512, "sliding_window": 3}},
                                       {"model": {"hidden_size": 512, "attention_dropout": 0.1}}])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("masked", [False, True])

@@ -125,6 +125,7 @@ FAMILIES = {
     "learned": GPT2,
     "learned, untied": {**GPT2, "tie_embeddings": False},
     "rotary, GQA, QK norm": LLAMA,
+    "rotary, sliding window": {**LLAMA, "sliding_window": 7},
     "rotary, MQA, tied": {**LLAMA, "num_query_groups": 1, "qk_norm": False, "tie_embeddings": True, "bias": True},
 }
 

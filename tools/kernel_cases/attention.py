@@ -93,6 +93,8 @@ def undropped(case: Callable[..., Case], lengths: Sequence[int], odd: Sequence[i
         case("window", 150, 150, 1, 1, 1, options=fixed(window=(40, 0))),
         case("window both ways", 70, 90, 1, 1, 1, options=fixed(causal=False, window=(9, 5))),
         case("documents", 140, 140, 1, 2, 1, options=partial(documents, [1, 63, 2, 70, 4])),
+        case("window and documents", 140, 140, 1, 2, 1,
+             options=lambda q: {"window": (40, 0), **documents([1, 63, 2, 70, 4], q)}),
         case("documents of unequal lengths", 90, 130, 1, 2, 2,
               options=partial(_unequal_documents, [5, 60, 0, 25], [40, 60, 7, 23])),
         bent("softcap", 17, 80, 1, 2, 1, options=fixed(softcap=3.0)),
