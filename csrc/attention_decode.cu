@@ -17,9 +17,9 @@ template <typename T> __global__ void __launch_bounds__(MERGE_THREADS) attention
   const int64_t rows = p.batch * p.heads * p.queries, place = blockIdx.x;
   const int query = int(place % p.queries), head = int(place / p.queries % p.heads), batch = int(place / p.queries / p.heads);
   const float mine = int(threadIdx.x) < splits ? ((const float *)p.partial_lse)[threadIdx.x * rows + place] : -INFINITY;
-  const float top = reduce_block<Max>(mine), weight = Sums::factor(mine, top);
+  const float top = reduce_block<Max>(mine), weight = RowSums::factor(mine, top);
   weights[threadIdx.x] = weight;
-  Sums total{top, reduce_block<Sum>(weight)};
+  RowSums total{top, reduce_block<Sum>(weight)};
   __syncthreads();
   const int part = int(threadIdx.x) / packs, column = int(threadIdx.x) % packs * 4;
   float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -39,7 +39,7 @@ template <typename T> __global__ void __launch_bounds__(MERGE_THREADS) attention
 #pragma unroll
     for (int i = 0; i < 4; i++) values[i] += sums[(other * packs + threadIdx.x) * 4 + i];
   total.add(p.sinks, head);
-  const float scale = Sums::factor(top, total.top) * total.inverse();
+  const float scale = RowSums::factor(top, total.top) * total.inverse();
 #pragma unroll
   for (int i = 0; i < 4; i++) values[i] *= scale;
   store<4>((T *)p.out + query * p.out_row + batch * p.out_batch + head * p.out_head + column, values);

@@ -71,7 +71,7 @@ template <typename T, int D, int E> struct Stream {
 };
 
 // A row's largest score, in units of log2 e, and its sum of exponentials.
-struct Sums {
+struct RowSums {
   float top, total;
   // The sink is a score of one more key, whose value is 0.
   __device__ __forceinline__ void add(const void *sinks, int head) {
@@ -108,14 +108,14 @@ __device__ __forceinline__ void put_together(const megalm_attention_decode_param
   for (int index = threadIdx.x; index < own_rows * PACKS; index += F::THREADS) {
     const int own = index / PACKS, column = index % PACKS * 4, row = first_row + own;
     const int query = row / each, head = group * each + row % each;
-    Sums sums{-INFINITY, 0.0f};
+    RowSums sums{-INFINITY, 0.0f};
 #pragma unroll
     for (int w = 0; w < F::WARPS; w++) sums.top = fmaxf(sums.top, tops[w * F::ROWS + own]);
     float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int w = 0; w < F::WARPS; w++) {
       const int at = w * F::ROWS + own;
-      const float factor = Sums::factor(tops[at], sums.top);
+      const float factor = RowSums::factor(tops[at], sums.top);
       const Pack<float, 4> part = load<4>(outs + at * F::OUT_STRIDE + column);
       sums.total += totals[at] * factor;
 #pragma unroll
@@ -125,7 +125,7 @@ __device__ __forceinline__ void put_together(const megalm_attention_decode_param
     const bool whole = p.splits == 1;
     const float top = sums.top;
     if (whole) sums.add(p.sinks, head);
-    const float scale = Sums::factor(top, sums.top) * sums.inverse();
+    const float scale = RowSums::factor(top, sums.top) * sums.inverse();
 #pragma unroll
     for (int i = 0; i < 4; i++) values[i] *= scale;
     if (whole) {

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megalm.ops.attention import attention
 from megalm.ops.kernels.attention import portable
 from megalm.ops.library import use_shim
-from megalm.tools._command import Parser, run
+from megalm.tools._command import Parser, positive, run
 from megalm.tools.bench_clock import ceilings, clock_of, measure
 
 LENGTHS, DIMS = (2048, 4096, 8192, 16384, 32768), (64, 128)
@@ -193,8 +193,8 @@ def bench(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = Parser(prog="bench_attention", description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="of the sequences")
-    parser.add_argument("--dims", type=int, nargs="+", default=list(DIMS), help="head dims")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=list(LENGTHS), help="of the sequences")
+    parser.add_argument("--dims", type=positive, nargs="+", default=list(DIMS), help="head dims")
     parser.add_argument("--figures", type=Path, help="a JSON file for all that was measured")
     parser.add_argument("--shim", type=Path, metavar="LIB", help="try all of it on the CPU, through this library")
     return run(parser, bench, argv)

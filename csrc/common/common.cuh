@@ -11,7 +11,7 @@
 #include <cuda_runtime.h>
 #include "common/bits.cuh"
 #define MEGALM_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
-#define MEGALM_SHARED(type, name, count) __shared__ type name[count]
+#define MEGALM_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define MEGALM_DYNAMIC_SHARED(type, name)                        \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   type *name = reinterpret_cast<type *>(dynamic_shared)

@@ -48,9 +48,6 @@ __device__ __forceinline__ void tensor_load(void *to, const TensorMap &map, uint
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_offset(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
-__device__ __forceinline__ void tensor_prefetch(const TensorMap &map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
-}
 
 // Ordinary stores of this thread to shared memory come before what matrix instructions and the copy engine do there after a barrier.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }

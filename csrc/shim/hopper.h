@@ -158,7 +158,6 @@ inline void tensor_load(void *to, const TensorMap &map, uint64_t *barrier, int c
   if (shim::state().order % 2 == 1) copy();
   else shim::background().copies.push_back(copy);
 }
-inline void tensor_prefetch(const TensorMap &) {}
 
 inline void fence_async() {
   auto &unfenced = shim::background().unfenced;

@@ -51,3 +51,9 @@ def test_all_of_it_on_a_cpu(tmp_path, capsys):
 def test_without_a_gpu_it_is_one_error(capsys):
     assert bench_attention.main([]) == 2
     assert capsys.readouterr().err == "error: there is no GPU here; --shim LIBRARY tries all of it on the CPU, tiny\n"
+
+
+@pytest.mark.parametrize("option", ["--lengths", "--dims"])
+def test_sizes_of_nothing_are_refused(option, capsys):
+    assert bench_attention.main([option, "0"]) == 2
+    assert "0 is not a number of at least 1" in capsys.readouterr().err

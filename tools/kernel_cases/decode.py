@@ -11,9 +11,8 @@ from megalm.ops.attention import UNBOUNDED
 from megalm.ops.decode import decode
 from megalm.ops.kernels.decode import HEAD_DIMS
 from megalm.tools.kernel_cases.accuracy import randn
+from megalm.tools.kernel_cases.attention import HALVES, fixed, slopes
 from megalm.tools.kernel_cases.case import Case
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def _case(name: str, lengths: Sequence[int], heads: int, groups: int, queries: int = 1, room: int = 5,
@@ -58,14 +57,6 @@ def _paged(x: Tensor, lengths: Sequence[int], page: int) -> tuple[Tensor, Tensor
     return pool, torch.where(used, table, 0).to(torch.int32)
 
 
-def _fixed(**options) -> Callable[[Tensor], dict]:
-    return lambda q: options
-
-
-def _slopes(q: Tensor) -> dict:
-    return {"slopes": 2.0 ** -torch.arange(1, q.shape[2] + 1, device=q.device, dtype=torch.float32)}
-
-
 def small() -> list[Case]:
     bent = partial(_case, plain="reference")
     return [
@@ -83,9 +74,9 @@ def small() -> list[Case]:
         _case("pages of 64, d128", [300, 64], 8, 2, queries=2, page=64, dims=(128, 128)),
         _case("a window", [250, 40], 2, 1, queries=3, left=50),
         _case("a window, pages", [400], 2, 2, page=32, left=100),
-        bent("softcap", [130], 2, 1, options=_fixed(softcap=3.0)),
-        bent("alibi, two queries", [140, 31], 4, 2, queries=2, options=_slopes),
-        bent("negative scale", [90], 2, 1, options=_fixed(scale=-0.2)),
+        bent("softcap", [130], 2, 1, options=fixed(softcap=3.0)),
+        bent("alibi, two queries", [140, 31], 4, 2, queries=2, options=slopes),
+        bent("negative scale", [90], 2, 1, options=fixed(scale=-0.2)),
         bent("sinks and lse, one split", [20, 0], 6, 2, queries=2, sinks=True, lse=True),
         bent("sinks and lse, splits", [300, 0], 3, 1, sinks=True, lse=True),
         bent("lse", [200, 7], 2, 2, queries=2, lse=True),
