@@ -1,6 +1,7 @@
 // Attention on Hopper: whether it can serve, and the queries' gradient from the sums that the blocks of keys left. Math: attention.h.
 #include "attention_checks.cuh"
 #include "attention_hopper_sums.cuh"
+#include "common/tensor_map.cuh"
 
 namespace {
 
@@ -46,8 +47,9 @@ int attention_hopper_finish_queries(const megalm_attention_backward_params &p, c
   return p.dtype == MEGALM_BF16 ? launch<bf16>(p, sums, stream) : launch<f16>(p, sums, stream);
 }
 
-// Code that the driver made of sm_80's instructions runs here too, but it has none of Hopper's kernels.
+// Code that the driver made of sm_80's instructions runs here too, but it has none of Hopper's kernels; and a driver may be older than
+// the copy engine's maps.
 bool attention_hopper_here() {
   cudaFuncAttributes found;
-  return is_capability(9) && cudaFuncGetAttributes(&found, attention_hopper_finish<bf16>) == cudaSuccess && found.ptxVersion >= 90;
+  return is_capability(9) && has_tensor_maps() && cudaFuncGetAttributes(&found, attention_hopper_finish<bf16>) == cudaSuccess && found.ptxVersion >= 90;
 }

@@ -20,6 +20,7 @@ struct Extents {
 };
 
 #ifdef MEGALM_SHIM
+inline bool has_tensor_maps() { return true; }
 struct TensorMap {
   const unsigned char *base;
   int64_t size[4], stride[4];  // strides in bytes
@@ -47,6 +48,8 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   }();
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
+
+inline bool has_tensor_maps() { return tensor_map_encoder() != nullptr; }
 
 inline int make_tensor_map(TensorMap &map, bool is_bf16, const void *base, const Extents &extent, int rows) {
   const auto encode = tensor_map_encoder();

@@ -113,6 +113,7 @@ DROPOUT = {"attention_dropout": 0.1}
 @pytest.mark.parametrize("sections, intended, keeping", [
     (FUSED, "torch", {"reference"}),
     ({**FUSED, "data": {"document_mask": True}}, "megalm", {"reference"}),
+    ({**FUSED, "model": {**FUSED["model"], "sliding_window": 40}}, "megalm", {"reference"}),
     ({**FUSED, "precision": {"dtype": "fp32"}, "data": {"document_mask": True}}, "torch", {"reference", "megalm"}),
     ({**OTHER, "data": {"document_mask": True}}, "torch", {"reference", "megalm"}),
     ({"model": {**FUSED["model"], **DROPOUT}}, "megalm", {"reference"}),
