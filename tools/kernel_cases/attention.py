@@ -108,6 +108,7 @@ def undropped(case: Callable[..., Case], lengths: Sequence[int], odd: Sequence[i
 def small() -> list[Case]:
     bent = partial(case, plain="reference")
     return [*undropped(case, (65, 63, 17, 129, 33, 40), (1, 17, 63)),
+            case("s1023 of one head", 1023, 1023, 1, 1, 1),
             bent("dropout", 70, 66, 2, 2, 1, options=partial(_dropout, (2, 4, 8), 2)),
             bent("dropout, odd length, d128", 35, 67, 1, 2, 2, (128, 128), options=partial(_dropout, (0, 2, 2), 1)),
             packed(64)]

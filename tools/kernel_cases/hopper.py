@@ -21,6 +21,7 @@ def small() -> list[Case]:
         _case("s1 of many", 1, 65, 1, 1, 1),
         packed(64, nullcontext, "attention hopper"),
         _case("s520", 520, 520, 1, 1, 1),
+        _case("s1023 of one head", 1023, 1023, 1, 1, 1),
         _case("s330 d128", 330, 330, 1, 2, 1, (128, 128)),
         _case("full s290 d128", 290, 400, 1, 1, 1, (128, 128), options=fixed(causal=False)),
         _case("documents d128", 200, 200, 1, 2, 1, (128, 128), options=partial(documents, [100, 64, 36])),
