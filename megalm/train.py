@@ -249,11 +249,11 @@ def _steps(run: Run, first: int) -> int:
             return _stopped(run, f"step {done} changed the weights with a loss or gradients that are not finite", first)
         if bad == config.train.max_bad_steps:
             return _stopped(run, f"{bad} steps in a row with non-finite loss or gradients", first)
-        eval_loss = None
-        if _due(done, config.train.eval_every) or (done == last and config.train.eval_every):
-            eval_loss = _evaluate(run, done)
         asked, saving = run.groups.highest(run.stop.kind, run.saver.state)
         run.saver.progress(saving)
+        eval_loss = None
+        if asked == GOING_ON and config.train.eval_every and (_due(done, config.train.eval_every) or done == last):
+            eval_loss, asked = _evaluate(run, done)
         leaving = done == _last_step(config) or asked != GOING_ON
         if leaving or _due(done, config.checkpoint.every):
             run.saver.save(done, run.consumed, eval_loss)
@@ -287,14 +287,18 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _evaluate(run: Run, step: int) -> float | None:
-    """Token-mean loss over train.eval_samples validation samples, the same ones each time."""
+def _evaluate(run: Run, step: int) -> tuple[float | None, int]:
+    """Token-mean loss over train.eval_samples validation samples, the same ones each time, and what the ranks were asked
+    meanwhile: whoever asks for a stop doesn't wait for the rest, and there is no loss then."""
+    loss, tokens, asked = 0.0, 0, GOING_ON
     if run.valid is None:
-        return None
-    loss, tokens = 0.0, 0
-    for first in run.valid.starts:
+        return None, asked
+    for number, first in enumerate(run.valid.starts, 1):
         more_loss, more_tokens = run.engine.evaluate(run.valid.batch(first))
         loss, tokens = loss + more_loss, tokens + more_tokens
+        [asked] = run.groups.highest(run.stop.kind)
+        if asked != GOING_ON and number < len(run.valid.starts):
+            return None, asked
     mean = loss / max(tokens, 1)
     run.logger.evaluation(step, mean)
-    return mean
+    return mean, asked

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from megalm.checkpoint import find, read_manifest
 from megalm.data import IndexedWriter
+from megalm.parallel.stop import PREEMPTED
 from tests import dist, training
 from tests.checkpoint.fakes import plant
 
@@ -236,6 +238,30 @@ def test_evaluation_is_the_token_mean_of_every_layout(tmp_path):
         losses.append([record["eval_loss"] for record in training.records(folder) if "eval_loss" in record])
     assert len(losses[0]) == 2  # 13 samples don't fill the last step of 8
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def ask_to_stop(engine, context, during: str) -> None:
+    """The cluster asks one of the ranks to stop in the middle of step 2, or of the evaluation after it."""
+    original, last, done = getattr(engine, during), engine.groups.rank == engine.groups.world_size - 1, itertools.count(1)
+
+    def work(*arguments):
+        call = next(done)
+        if last and call == (2 if during == "train_step" else 4):  # the second evaluation's first of three
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert during == "train_step" or call <= 4, "an evaluation goes on though the cluster waits"
+        return original(*arguments)
+
+    setattr(engine, during, work)
+
+
+@pytest.mark.parametrize("during", ["train_step", "evaluate"])
+def test_who_asks_for_a_stop_waits_for_no_evaluation(during, tmp_path):
+    path = training.write_config(tmp_path, train={"dir": str(tmp_path / "run"), "steps": 6, "eval_every": 1, "eval_samples": 24})
+    changes = (functools.partial(ask_to_stop, during=during),)
+    assert training.start(2, path, "parallel.dp=2", changes=changes) == [(PREEMPTED, "")] * 2
+    assert [record["step"] for record in training.records(tmp_path / "run") if "eval_loss" in record] == [1]
+    manifest = read_manifest(find(tmp_path / "run"))
+    assert manifest["step"] == 2 and manifest["eval_loss"] is None
 
 
 @pytest.mark.parametrize("layout", ["one-zero0", "tp2-pp2-bf16"])
