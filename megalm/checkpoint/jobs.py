@@ -59,6 +59,10 @@ class Performer:
         notes = [] if problem else retire(self.root, step, Retention(**retention), self.disk)
         return Answer(problem, notes)
 
+    def withdraw(self, url: str, step: int) -> Answer:
+        """Before any rank replaces a file of that step's checkpoint on other storage, it is none there any more."""
+        return self._quiet(url, step, lambda: Remote(url).withdraw(step))
+
     def upload(self, url: str, step: int, rank: int) -> Answer:
         """Copy this rank's files of a whole checkpoint to other storage. Trouble there stops no training."""
         folder = self.root / step_name(step)

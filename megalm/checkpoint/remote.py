@@ -15,11 +15,13 @@ from typing import Any
 
 from megalm.checkpoint import sealed
 from megalm.checkpoint.disk import Disk
-from megalm.checkpoint.find import Report, fault, read_manifest
+from megalm.checkpoint.find import Report, read_manifest
 from megalm.checkpoint.format import MANIFEST, TEMPORARY_PREFIX, index_file, inside, rank_file, step_name, step_of
 from megalm.checkpoint.retain import Retention
 from megalm.checkpoint.sealed import CheckpointError
+from megalm.checkpoint.verify import verify
 
+PROBLEMS_SHOWN = 3
 
 class Remote:
     """The checkpoints below one URL. Methods raise OSError, and what the storage's library raises."""
@@ -40,6 +42,11 @@ class Remote:
             target = f"{self._path}/{folder.name}/{name}"
             self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
             self._files.put_file(str(folder / name), target)
+
+    def withdraw(self, step: int) -> None:
+        """What is there of this step is no checkpoint any more: its files are about to be replaced."""
+        if self._files.exists(self._manifest(step)):
+            self._files.rm_file(self._manifest(step))
 
     def complete(self, folder: Path, rule: Retention) -> None:
         """Copy what no rank has, checkpoint.json last, and delete what the rule doesn't keep.
@@ -67,7 +74,7 @@ class Remote:
     def fetch(self, root: Path, report: Report, disk: Disk | None = None) -> Path | None:
         """Copy the newest complete one into `root` as a checkpoint like those made there; None where none is whole.
 
-        One that can't be copied, or isn't whole, is skipped with a line.
+        One that can't be copied, or of which any byte isn't what was written, is skipped with a line.
         """
         disk = disk or Disk()
         for step in self.steps():
@@ -75,8 +82,8 @@ class Remote:
             try:
                 disk.remove(temporary)
                 self._download(step, temporary)
-                problem = fault(temporary)
-                if problem is None:
+                problem = "; ".join(verify(temporary).problems[:PROBLEMS_SHOWN])
+                if not problem:
                     disk.remove(root / step_name(step))
                     disk.rename(temporary, root / step_name(step))
                     report(f"fetched {self.url}/{step_name(step)}")

@@ -33,8 +33,9 @@ DONE, BUSY, FAILED = range(3)
 """How far a rank's writer is, such that the highest of all ranks says what to do."""
 WAIT_SECONDS = 1500.0
 """A job that takes longer has failed; the other ranks wait for this one 1800 s."""
-PART, WHOLE, UPLOAD, COMPLETE = "part", "whole", "upload", "complete"
+PART, WHOLE, WITHDRAW, UPLOAD, COMPLETE = "part", "whole", "withdraw", "upload", "complete"
 """What is being written: every rank's part, then by rank 0 what makes a checkpoint of them; the same at checkpoint.remote."""
+ELSEWHERE = (WITHDRAW, UPLOAD, COMPLETE)
 
 
 class Engine(Protocol):
@@ -210,10 +211,11 @@ class Saver:
             self._report(note)
         if self._phase == WHOLE:
             self.saved = self._step
-        after = {PART: WHOLE, UPLOAD: COMPLETE} | ({WHOLE: UPLOAD} if self._remote else {})
+        after = {PART: WHOLE, WITHDRAW: UPLOAD, UPLOAD: COMPLETE} | ({WHOLE: WITHDRAW} if self._remote else {})
         self._phase, self._answer = after.get(self._phase), None
         rank = self._groups.rank
         jobs = {WHOLE: {"folder": self._folder, "manifest": self._manifest, **self._whole},
+                WITHDRAW: {"url": self._remote, "step": self._step},
                 UPLOAD: {"url": self._remote, "step": self._step, "rank": rank},
                 COMPLETE: {"url": self._remote, "step": self._step, "retention": self._whole["retention"]}}
         if self._phase is None:
@@ -230,7 +232,7 @@ class Saver:
         problems = self._groups.agree(self._answer.problem if self._answer else None)
         if not problems:
             return
-        whole = self._phase in (UPLOAD, COMPLETE) or all(text.startswith(POINTING) for _, text in problems)
+        whole = self._phase in ELSEWHERE or all(text.startswith(POINTING) for _, text in problems)
         self._phase = None
         if self._groups.rank == 0:
             self._performer.clean()

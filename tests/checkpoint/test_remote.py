@@ -64,6 +64,27 @@ def test_without_every_file_there_is_no_checkpoint_there(url, tmp_path):
     assert remote.steps() == [] and remote.fetch(tmp_path / "other", lambda line: None) is None
 
 
+def test_a_step_saved_again_is_none_there_until_it_is_complete(url, tmp_path, monkeypatch):
+    """The old checkpoint.json doesn't stand beside new files, of whatever moment."""
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL)), (1, 2))
+    upload, seen = Remote.upload, []
+    monkeypatch.setattr(Remote, "upload", lambda self, *rest: (seen.append(self.steps()), upload(self, *rest)))
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL, seed=1)), (2,))
+    assert seen == [[1]] * len(seen) and len(seen) == 3 and Remote(url).steps() == [2, 1]
+
+
+def test_a_flipped_bit_there_is_found_before_anything_has_its_name(url, tmp_path):
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL)), (1, 2))
+    files, path = fsspec.core.url_to_fs(url)
+    name = f"{path}/step_00000002/rank_00000.safetensors"
+    content = bytearray(files.cat_file(name))
+    content[-1] ^= 1
+    files.pipe_file(name, bytes(content))
+    lines: list[str] = []
+    assert Remote(url).fetch(tmp_path / "other", lines.append).name == "step_00000001"
+    assert "aren't what was written" in lines[0] and [path.name for path in (tmp_path / "other").iterdir()] == ["step_00000001"]
+
+
 def test_a_damaged_one_there_is_skipped_with_the_reason(url, tmp_path):
     save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL)), (1, 2))
     files, path = fsspec.core.url_to_fs(url)
