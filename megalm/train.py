@@ -135,9 +135,10 @@ class Source:
 
 def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str], damaged: Sequence[Path] = ()) -> Source:
     """The run's own newest checkpoint that isn't known to be damaged, else checkpoint.init_from's weights, else nothing."""
+    fetched, resume = None, config.checkpoint.resume
     if config.checkpoint.remote is not None:
-        checkpoint.fetch_missing(config.train.dir, config.checkpoint.remote, config.checkpoint.resume, notes.append)
-    resumed = checkpoint.choose(config.train.dir, config.checkpoint.resume, notes.append, damaged)
+        fetched = checkpoint.fetch_missing(config.train.dir, config.checkpoint.remote, resume, notes.append, damaged)
+    resumed = fetched or checkpoint.choose(config.train.dir, resume, notes.append, damaged)
     if resumed is None:
         if config.checkpoint.init_from is None:
             return Source()

@@ -125,12 +125,20 @@ def whole(run_folder: str | Path) -> list[Path]:
     return [path for _, path in candidates(Path(run_folder) / CHECKPOINTS) if fault(path, read=False) is None]
 
 
-def fetch_missing(run_folder: str | Path, url: str, resume: str, report: Report) -> None:
+def fetch_missing(run_folder: str | Path, url: str, resume: str, report: Report, damaged: Sequence[Path] = ()) -> Path | None:
     """Copy the newest checkpoint of checkpoint.remote here, where a run would go on from it and has none of its own that is
-    whole. Raises CheckpointError for a URL that can't be."""
-    remote = Remote(url)
-    if resume == "auto" and not whole(run_folder):
-        remote.fetch(Path(run_folder) / CHECKPOINTS, report)
+    whole; returns it. `damaged`: those that loading has found so; one that is so twice was fetched in vain.
+
+    Raises CheckpointError for a URL that can't be.
+    """
+    remote, root = Remote(url), Path(run_folder) / CHECKPOINTS
+    if resume != "auto" or len(set(damaged)) < len(damaged):
+        return None
+    try:
+        own = newest(root, None, damaged)
+    except CheckpointError:  # none is whole
+        own = None
+    return remote.fetch(root, report) if own is None else None
 
 
 def choose(run_folder: str | Path, resume: str, report: Report | None = None, damaged: Collection[Path] = ()) -> Path | None:

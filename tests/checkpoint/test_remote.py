@@ -8,7 +8,7 @@ import fsspec
 import pytest
 import torch
 
-from megalm.checkpoint import CheckpointError, Saver, fault, find
+from megalm.checkpoint import CheckpointError, Saver, fault, fetch_missing, find
 from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.retain import Retention
 from tests import training
@@ -105,6 +105,19 @@ def test_trouble_there_is_told_and_stops_nothing(tmp_path):
 def test_a_url_that_no_package_knows_is_one_line():
     with pytest.raises(CheckpointError, match="checkpoint.remote 'nowhere://x': .*nowhere"):
         Remote("nowhere://x")
+
+
+def test_damaged_ones_here_don_t_hide_the_one_there(tmp_path):
+    """Whether a first look tells, or only loading does; and a copy that is no better is not fetched for ever."""
+    url, root = f"file://{tmp_path}/elsewhere", tmp_path / "run/checkpoints"
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL)), (1,))
+    folder, lines = root / "step_00000001", []
+    assert fetch_missing(tmp_path / "run", url, "auto", lines.append) is None
+    (folder / "plan.json").write_bytes(b"x" * (folder / "plan.json").stat().st_size)
+    assert fetch_missing(tmp_path / "run", url, "auto", lines.append) == folder and fault(folder) is None
+    assert fetch_missing(tmp_path / "run", url, "auto", lines.append, [folder]) == folder
+    assert fetch_missing(tmp_path / "run", url, "auto", lines.append, [folder, folder]) is None
+    assert lines == [f"fetched {url}/step_00000001"] * 2
 
 
 def test_a_run_that_lost_its_folder_goes_on_bitwise(tmp_path):
