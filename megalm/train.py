@@ -256,6 +256,8 @@ def _steps(run: Run, first: int) -> int:
         if asked == GOING_ON and config.train.eval_every and (_due(done, config.train.eval_every) or done == last):
             eval_loss, asked = _evaluate(run, done)
         leaving = done == _last_step(config) or asked != GOING_ON
+        if asked == PREEMPTION:
+            run.saver.stay_here()
         if leaving or _due(done, config.checkpoint.every):
             run.saver.save(done, run.consumed, eval_loss)
         if leaving:

@@ -33,6 +33,8 @@ DONE, BUSY, FAILED = range(3)
 """How far a rank's writer is, such that the highest of all ranks says what to do."""
 WAIT_SECONDS = 1500.0
 """A job that takes longer has failed; the other ranks wait for this one 1800 s."""
+ELSEWHERE_SECONDS = 1500.0
+"""The same for copying elsewhere, which then is given up."""
 PART, WHOLE, WITHDRAW, UPLOAD, COMPLETE = "part", "whole", "withdraw", "upload", "complete"
 """What is being written: every rank's part, then by rank 0 what makes a checkpoint of them; the same at checkpoint.remote."""
 ELSEWHERE = (WITHDRAW, UPLOAD, COMPLETE)
@@ -170,10 +172,18 @@ class Saver:
         Raises CheckpointError on all ranks when one has failed: see `save`.
         """
         while self._phase is not None:
-            if self._look(WAIT_SECONDS) is None:
-                self._answer = Answer(f"writing: its writer hasn't answered for {WAIT_SECONDS:.0f} s")
+            if self._look(ELSEWHERE_SECONDS if self._phase in ELSEWHERE else WAIT_SECONDS) is None:
+                self._answer = self._late()
             self._agree()
             self._advance()
+
+    def stay_here(self) -> None:
+        """From now on nobody waits for a copy elsewhere; one on its way is given up. For a run that must leave at once."""
+        if self._phase in ELSEWHERE:
+            self._report(f"{step_name(self._step)} isn't in {self._remote}, only in {self.root}: the run had to leave")
+            self.close()  # the writer may be busy with it for long; what is still to be saved, this process writes
+            self._phase = self._answer = None
+        self._remote = None
 
     def close(self) -> None:
         """Stop this rank's writer; what `finish` hasn't waited for is lost."""
@@ -204,6 +214,16 @@ class Saver:
         if self._answer is None and self._writer is not None:
             self._answer = self._writer.answer(seconds)
         return self._answer
+
+    def _late(self) -> Answer:
+        """The writer hasn't answered: a failure, or, where it copies elsewhere, a line and another writer."""
+        if self._phase not in ELSEWHERE or self._snapshot is None:
+            return Answer(f"writing: its writer hasn't answered for {WAIT_SECONDS:.0f} s")
+        device = self._snapshot.device
+        self.close()
+        self.write_in_background(device)
+        where = f"{step_name(self._step)} isn't in {self._remote}, only in {self.root}"
+        return Answer(notes=[f"{where}: copying it has taken more than {WAIT_SECONDS:.0f} s"])
 
     def _advance(self) -> None:
         """All ranks are done with this phase: the next one."""

@@ -60,7 +60,7 @@ class Snapshot:
 
     def __init__(self, memory: mmap.mmap, device: torch.device) -> None:
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        self._device = device
+        self.device = device
         self._pinned = device.type == "cuda" and self._pin()
 
     def _pin(self) -> bool:
@@ -69,7 +69,7 @@ class Snapshot:
             return True
         # The failure stays as CUDA's last error until somebody asks for it, which the next kernel launch does: this one.
         with contextlib.suppress(RuntimeError):
-            torch.ones(1, device=self._device)
+            torch.ones(1, device=self.device)
         return False
 
     @torch.no_grad()
@@ -78,8 +78,8 @@ class Snapshot:
         for fragment, (first, size) in zip(fragments, where, strict=True):
             target = self._bytes[first: first + size].view(fragment.tensor.dtype)
             target.copy_(fragment.tensor, non_blocking=True)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def close(self) -> None:
         """Give pinned memory back."""

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import sys
+import time
 from pathlib import Path
 
 import fsspec
@@ -100,6 +103,47 @@ def test_trouble_there_is_told_and_stops_nothing(tmp_path):
     lines = save_there(tmp_path / "run", f"file://{tmp_path}/taken/run", engines(SMALL, draw(SMALL), tp=2), (1, 2))
     assert find(tmp_path / "run").name == "step_00000002" and len(lines) == 6
     assert all("isn't in file://" in line and "copying it: " in line for line in lines)
+
+
+def with_a_silent_server(folder: Path, monkeypatch, then) -> list[str]:
+    """then(saver, groups) on two ranks that copy to a server which takes connections and never says a word."""
+    monkeypatch.setattr(sys.modules[Saver.__module__], "ELSEWHERE_SECONDS", 0.5)
+    ranks, lines = engines(SMALL, draw(SMALL), tp=2), []
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        url = f"ftp://127.0.0.1:{server.getsockname()[1]}/run"
+
+        def job(groups):
+            with Saver(folder, ranks[groups.rank], groups, settings(remote=url), plan(), report=lines.append) as saver:
+                saver.write_in_background(torch.device("cpu"))
+                saver.save(1, 8)
+                then(saver, groups)
+                saver.save(2, 16)
+                saver.finish()
+                assert saver.saved == 2
+
+        succeed(Crew(2).run(job))
+    assert find(folder).name == "step_00000002"
+    return lines
+
+
+def test_a_copy_that_hangs_ends_in_a_line_and_the_run_goes_on(tmp_path, monkeypatch):
+    def go_on(saver, groups):
+        saver.finish()
+        assert saver.saved == 1 and saver.writer_pid is not None
+
+    lines = with_a_silent_server(tmp_path, monkeypatch, go_on)
+    assert any("step_00000001 isn't in ftp://" in line and "copying it has taken more than" in line for line in lines)
+
+
+def test_who_must_leave_waits_for_no_copy(tmp_path, monkeypatch):
+    def leave(saver, groups):
+        while saver._phase != "withdraw":
+            saver.progress(groups.crew.highest(groups.rank, saver.state))
+            time.sleep(0.01)
+        saver.stay_here()
+
+    lines = with_a_silent_server(tmp_path, monkeypatch, leave)
+    assert len(lines) == 2 and all(line.endswith("the run had to leave") for line in lines)
 
 
 def test_a_url_that_no_package_knows_is_one_line():
