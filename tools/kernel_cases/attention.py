@@ -36,7 +36,8 @@ def case(name: str, s: int, s_k: int, batch: int, heads: int, groups: int, dims:
     def grads():
         return [randn(s, batch, heads, dims[1], seed=4), *([randn(batch, heads, s, seed=5)] if lse else [])]
 
-    return Case(f"{op} {name}", inputs, run, grads if backward else None, plain=plain, dtypes=HALVES)
+    return Case(f"{op} {name}", inputs, run, grads if backward else None, plain=plain, dtypes=HALVES,
+                repeats=deterministic or not backward or path is portable)
 
 
 hopper = partial(case, path=nullcontext, op="attention hopper")
@@ -73,7 +74,7 @@ def packed(dims: int, path: Callable = portable, op: str = "attention") -> Case:
             return attention(*(part.unflatten(-1, (-1, dims)) for part in (query, key, value)), backend=backend)
 
     return Case(f"{op} packed qkv", lambda: [randn(19, 2, 8 * dims)], run, lambda: [randn(19, 2, 4, dims, seed=4)],
-                dtypes=HALVES)
+                dtypes=HALVES, repeats=path is portable)
 
 
 def undropped(case: Callable[..., Case], lengths: Sequence[int], odd: Sequence[int]) -> list[Case]:

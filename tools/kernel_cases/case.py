@@ -18,7 +18,8 @@ class Case:
     """`run(*inputs, backend=name)` is held to `reference` in float64, at most twice as far off as `plain` at the same dtype.
 
     inputs: makes float64 tensors on the CPU (integers and masks as they are). grads: makes the gradients of the results; None
-    for an operation without a backward pass. plain: the backend that errors are compared with.
+    for an operation without a backward pass. plain: the backend that errors are compared with. repeats: whether the same inputs
+    must give the same bits.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Case:
     grads: Callable[[], Sequence[Tensor]] | None = None
     plain: str = "torch"
     dtypes: Sequence[torch.dtype] = HALF_AND_FULL
+    repeats: bool = True
 
     def runs(self, orders: Sequence[int], first_dtype: bool = False) -> list[tuple[int, torch.dtype]]:
         """(order of threads, dtype), the first order with every dtype: another computes the same sums, so that one shows a
