@@ -283,8 +283,8 @@ class Train(Section):
     compile: bool = False
     """torch.compile each layer."""
     deterministic: bool = True
-    """Sum attention's gradients in a fixed order, so that a repeated or resumed run is bitwise the same with megalm's or
-    flash_attn's kernels; false is a few percent faster on Hopper."""
+    """Sum attention's gradients in a fixed order, so that a repeated or resumed run is bitwise the same, whatever the backend. On
+    a GPU false is faster: with torch's own attention above all, which then may take cuDNN's kernels; they have no such order."""
     z_loss: NaturalFloat = 0.0
     """Times the square of each token's log-sum-exp, added to its loss (Chowdhery et al. 2022); evaluations leave it out."""
     label_smoothing: Probability = 0.0

@@ -76,6 +76,7 @@ class SelfAttention(nn.Module):
         self.window = None if model.sliding_window is None else (model.sliding_window - 1, 0)
         self.tables = build.rotary_tables if model.position_embedding == "rotary" else None
         self.recomputes = build.recomputes_scores
+        self.core = torch.compiler.disable(self._core) if build.leaves_compiled_code else self._core
         self.cache: LayerCache | None = None  # set while generation adds to one
 
     def forward(self, x: Tensor, place: Place | None) -> Tensor:
@@ -84,9 +85,9 @@ class SelfAttention(nn.Module):
             kernels = self.build.config.kernels
             context = self.cache.attend(query, key, value, self.window, kernels.attention, kernels.softmax)
         elif self.recomputes and torch.is_grad_enabled():
-            context = checkpoint(self._core, query, key, value, place, use_reentrant=False, preserve_rng_state=False)
+            context = checkpoint(self.core, query, key, value, place, use_reentrant=False, preserve_rng_state=False)
         else:
-            context = self._core(query, key, value, place)
+            context = self.core(query, key, value, place)
         return self.projection(context.flatten(2))  # [s, b, h/tp] -> [s/tp or s, b, h]
 
     def _project(self, x: Tensor, place: Place | None) -> tuple[Tensor, Tensor, Tensor]:

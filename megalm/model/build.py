@@ -12,7 +12,7 @@ from torch import Tensor
 from megalm.config import Config, ConfigError
 
 # Each registers its backends.
-from megalm.ops import activation, attention, cross_entropy, dropout, norm, rotary, softmax  # noqa: F401
+from megalm.ops import activation, attention, cross_entropy, dropout, norm, rotary, sdpa, softmax  # noqa: F401
 from megalm.ops.registry import Features, choose_name
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import Place, StepContext
@@ -58,12 +58,19 @@ class Build:
     @cached_property
     def recomputes_scores(self) -> bool:
         """Whether recompute.mode selective has anything to do: the backend that attention takes here keeps scores."""
-        config = self.config
-        if config.recompute.mode != "selective":
-            return False
-        features = Features(self.device.type, self.dtype, attention_traits(config))
-        backend, _ = choose_name("attention", config.kernels.attention, features)
-        return keeps_scores(config, backend, self.device.type)
+        return self.config.recompute.mode == "selective" and keeps_scores(self.config, self.attention_backend, self.device.type)
+
+    @cached_property
+    def leaves_compiled_code(self) -> bool:
+        """Whether attention is called between two compiled parts of a layer and not compiled with them."""
+        train = self.config.train
+        return train.compile and sdpa.leaves_compiled_code(self.device.type, self.attention_backend, train.deterministic)
+
+    @cached_property
+    def attention_backend(self) -> str:
+        """The backend that attention takes here."""
+        features = Features(self.device.type, self.dtype, attention_traits(self.config))
+        return choose_name("attention", self.config.kernels.attention, features)[0]
 
     @cached_property
     def rotary_tables(self) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,14 @@ its attention kernels don't serve (fp32, other head dims), also keep the probabi
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megalm.ops.dropout import dropout as keyed_dropout
@@ -25,6 +26,7 @@ from megalm.ops.installed import megalm_kernels, package
 from megalm.ops.kernels import attention as kernels
 from megalm.ops.random import DropoutKey, seed_of
 from megalm.ops.registry import REGISTRY, Features, choose, register
+from megalm.ops.sdpa import sdpa
 from megalm.ops.softmax import scaled_masked_softmax
 
 UNBOUNDED = -1
@@ -61,8 +63,10 @@ class Rules(NamedTuple):
 
     def traits(self, dtype: torch.dtype, dims: str, lse: bool) -> tuple[str, ...]:
         """What a backend may not be able to do, or had better not, as the registry's table has it."""
+        documents = self.first is not None or self.last is not None
         asked = {"softcap": self.softcap > 0.0, "alibi": self.slopes is not None, "sinks": self.sinks is not None, "lse": lse,
-                 "documents": self.first is not None or self.last is not None,
+                 "alibi_ahead": self.slopes is not None and self.right != 0,
+                 "documents": documents, "bounds": documents and not self.packed,
                  "masked": not self.causal_only and self.dropout == 0.0 and _fused(dtype, dims)}
         return (*(name for name, is_asked in asked.items() if is_asked), *plain_traits(dtype, dims, self.dropout > 0.0))
 
@@ -70,6 +74,11 @@ class Rules(NamedTuple):
     def causal_only(self) -> bool:
         """Nothing but perhaps causal narrows what is seen."""
         return self.left < 0 and self.right <= 0 and self.first is None and self.last is None
+
+    @property
+    def packed(self) -> bool:
+        """The documents are causal ones whose lengths the host knows: each may be a sequence of its own."""
+        return self.lengths is not None and self.right == 0
 
 
 def dims_trait(head_dim: int, value_dim: int) -> str:
@@ -99,8 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: fl
     same mask under every layout, `torch` and `flash_attn` their own. return_lse: also the natural logarithm of each row's sum of
     exponentials, fp32 [b, H, s], -inf where a query sees nothing: what parts of an attention are merged by. softmax: the backend
     of the softmax of scores, where `megalm` has no kernel of the whole. deterministic: the same bits every time; `megalm` then
-    sums the gradient of the queries in a fixed order on Hopper too, and flash_attn takes its own such path; torch's SDPA follows
-    torch's own switch.
+    sums the gradient of the queries in a fixed order on Hopper too, and the others take their own such paths (ops/sdpa.py).
     Raises ValueError for shapes that don't fit, dropout without key and samples, or a backend that can't serve.
     """
     rules = _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax,
@@ -220,7 +228,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, T
 def _torch(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, None]:
     s, s_k = q.shape[0], k.shape[0]
     causal = rules.right == 0
-    if rules.lengths is not None and causal and rules.left < 0:
+    if rules.packed and rules.left < 0:
         return _by_document(q, k, v, rules), None
     if rules.causal_only and causal and s > s_k:   # the first queries see nothing
         seen, _ = _torch(q[s - s_k:], k, v, rules)
@@ -233,10 +241,9 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, None]
         dead = ~mask.any(-1, keepdim=True)
         mask = mask | dead
     query, keys, values = (x.permute(1, 2, 0, 3) for x in (q, k, v))           # views [b, heads, s, d]
-    options = dict(attn_mask=mask, is_causal=mask is None and causal and s > 1, scale=rules.scale,
-                   enable_gqa=q.shape[2] != k.shape[2])
     with _seeded(rules, q.device):
-        context = F.scaled_dot_product_attention(query, keys, values, dropout_p=rules.dropout, **options)
+        context = sdpa(query, keys, values, mask=mask, causal=mask is None and causal and s > 1, scale=rules.scale,
+                       dropout=rules.dropout, deterministic=rules.deterministic)
     if dead is not None and not rules.causal_only:
         context = context.masked_fill(dead, 0.0)
     return context.permute(2, 0, 1, 3), None                                   # [b, H, s, e] -> [s, b, H, e]
@@ -247,12 +254,12 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
 
     Split, not sliced: the gradients of the parts are then put together once instead of added up.
     """
-    contexts, grouped = [], q.shape[2] != k.shape[2]
+    contexts = []
     with _seeded(rules, q.device):
         for *sequence, lengths in zip(q.unbind(1), k.unbind(1), v.unbind(1), rules.lengths, strict=True):
             for parts in zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in sequence), strict=True):
-                context = F.scaled_dot_product_attention(*parts, dropout_p=rules.dropout, is_causal=parts[0].shape[2] > 1,
-                                                         scale=rules.scale, enable_gqa=grouped)           # [1, H, length, e]
+                context = sdpa(*parts, mask=None, causal=parts[0].shape[2] > 1, scale=rules.scale, dropout=rules.dropout,
+                               deterministic=rules.deterministic)                                         # [1, H, length, e]
                 contexts.append(context[0].transpose(0, 1))
     return torch.cat(contexts).unflatten(0, (q.shape[1], q.shape[0])).transpose(0, 1)                     # [b s, H, e] ->
 
@@ -276,13 +283,26 @@ def _call_seed(rules: Rules) -> int:
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, None]:
-    from flash_attn import flash_attn_func
+    """Of flash_attn 2.6 and newer: groups of heads, causal at the bottom right, the same window, -slopes |i - j| for ALiBi."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     query, keys, values = (x.transpose(0, 1) for x in (q, k, v))               # views [b, s, heads, d]
-    context = flash_attn_func(query, keys, values, dropout_p=rules.dropout, softmax_scale=rules.scale, causal=rules.right == 0,
-                              window_size=(rules.left, rules.right), softcap=rules.softcap, alibi_slopes=rules.slopes,
-                              deterministic=rules.deterministic)
-    return context.transpose(0, 1), None
+    options = dict(dropout_p=rules.dropout, softmax_scale=rules.scale, causal=rules.right == 0,
+                   window_size=(rules.left, rules.right), softcap=rules.softcap, alibi_slopes=rules.slopes,
+                   deterministic=rules.deterministic)
+    with _seeded(rules, q.device):
+        if not rules.packed:
+            return flash_attn_func(query, keys, values, **options).transpose(0, 1), None
+        ends, longest = _ends(rules.lengths, q.device), max(map(max, rules.lengths))
+        context = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (query, keys, values)), cu_seqlens_q=ends, cu_seqlens_k=ends,
+                                         max_seqlen_q=longest, max_seqlen_k=longest, **options)          # [b s, H, e]
+    return context.unflatten(0, query.shape[:2]).transpose(0, 1), None
+
+
+@lru_cache(maxsize=4)
+def _ends(lengths: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Cumulative lengths of all sequences' documents, int32 [documents + 1]: copied once for all layers of a micro-batch."""
+    return torch.tensor([0, *itertools.accumulate(itertools.chain(*lengths))], dtype=torch.int32).to(device)
 
 
 # What of a call the product of softmax kernel and matrix products can't serve.

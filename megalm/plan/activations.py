@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from megalm.config import Config
 
-from .backends import keeps_scores
+from .backends import keeps_scores, repeats_groups, sdpa_has_mask
 from .plan import Plan
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -40,10 +40,13 @@ def layer_activations(config: Config, plan: Plan, recompute: str) -> int:
     # share one gathered input.
     total = (2 if model.parallel_residual else 3) * stream
     total += stream if model.num_query_groups >= tp else tokens * model.hidden_size * width
-    total += query + 2 * key                                # as projected
     in_place = plan.backends["rotary"] == "megalm" and model.num_query_groups >= tp
-    if model.qk_norm or model.position_embedding == "rotary" and not in_place:
-        total += query + key                                # normalised or rotated: values keep the fused projection alive
+    changed = model.qk_norm or model.position_embedding == "rotary" and not in_place
+    repeated = _repeated(config, plan) > 0                  # counted below; keys and values themselves are not kept then
+    if not repeated or model.qk_norm or not changed:
+        total += query + 2 * key                            # as projected: queries or values, or norms' inputs, keep all of it
+    if changed:
+        total += query + (0 if repeated else key)           # normalised or rotated
     if model.position_embedding == "rotary" and config.data.reset_positions and plan.backends["rotary"] != "megalm":
         total += 2 * 2 * tokens * model.head_dim // 2 * 4   # of query and of key, each token's row of both fp32 tables
     total += query                                          # context, the projection's input
@@ -66,7 +69,7 @@ def _attention_core(config: Config, plan: Plan) -> int:
     rows, backend = plan.micro_batch * heads * model.seq_length, plan.backends["attention"]
     query, key = _query_and_key(config, plan)
     if not keeps_scores(config, backend):
-        return rows * 4 + (_sdpa_mask(config, plan, query) if backend == "torch" else 0)
+        return rows * 4 + (_sdpa_mask(config, plan, query) if backend == "torch" else 0) + _repeated(config, plan)
     width = WIDTH[config.precision.dtype]
     scores = 4 if backend == "reference" else width
     operands = (query + 2 * key) * (scores - width) // width
@@ -77,10 +80,16 @@ def _attention_core(config: Config, plan: Plan) -> int:
 def _sdpa_mask(config: Config, plan: Plan, query: int) -> int:
     """Bytes that SDPA keeps for documents and a sliding window: its own context beside the one with each document's put together
     or with 0 where a query sees nothing; and, but for documents alone, its mask, [1 or b, 1, s, s] in the queries' precision."""
-    model, documents = config.model, config.data.document_mask
-    if model.sliding_window is None and not (documents and config.train.compile):
+    documents = config.data.document_mask
+    if not sdpa_has_mask(config):
         return query if documents else 0
-    return query + (plan.micro_batch if documents else 1) * model.seq_length**2 * WIDTH[config.precision.dtype]
+    return query + (plan.micro_batch if documents else 1) * config.model.seq_length**2 * WIDTH[config.precision.dtype]
+
+
+def _repeated(config: Config, plan: Plan) -> int:
+    """Bytes of keys and values repeated for each head of their group; those of one group are only seen so."""
+    groups = config.model.num_query_groups // plan.tp
+    return 2 * _query_and_key(config, plan)[0] if groups > 1 and repeats_groups(config, plan.backends["attention"]) else 0
 
 
 def head_activations(config: Config, plan: Plan) -> int:

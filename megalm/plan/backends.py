@@ -34,8 +34,8 @@ def attention_traits(config: Config) -> tuple[str, ...]:
     """What the model's attention asks of a backend: the traits that its calls have (ops/attention.py, Rules.traits)."""
     fused, dropout, documents = has_attention_kernel(config), config.model.attention_dropout > 0, config.data.document_mask
     narrowed = documents or config.model.sliding_window is not None
-    asked = {"documents": documents, "masked": narrowed and fused and not dropout, "dropout": dropout,
-             "scores": not fused and not dropout}
+    asked = {"documents": documents, "bounds": documents and config.train.compile,  # compiled code doesn't know their lengths
+             "masked": narrowed and fused and not dropout, "dropout": dropout, "scores": not fused and not dropout}
     return (*(trait for trait, is_asked in asked.items() if is_asked), _head_dim(config))
 
 
@@ -44,10 +44,26 @@ def keeps_scores(config: Config, backend: str, device: str | None = None) -> boo
 
     `device`: its type, where it is known. The model and the plan both go by this.
     """
+    return _is_listed(config, backend, "keeps_scores", device)
+
+
+def repeats_groups(config: Config, backend: str) -> bool:
+    """Whether this backend of attention repeats a group's keys and values for each of its heads (ops/sdpa.py) on a GPU."""
+    return config.model.num_query_groups < config.model.num_attention_heads and _is_listed(config, backend, "repeats_groups")
+
+
+def sdpa_has_mask(config: Config) -> bool:
+    """Whether SDPA is given a mask of s x s: for a window, and for documents whose lengths compiled code doesn't know."""
+    return config.model.sliding_window is not None or config.data.document_mask and config.train.compile
+
+
+def _is_listed(config: Config, backend: str, kinds: str, device: str | None = None) -> bool:
     words = {*attention_traits(config), DTYPES[config.precision.dtype], device}
-    words |= set() if has_attention_kernel(config) else {"unfused"}
-    kept = _table().get("backends", {}).get("attention", {}).get(backend, {}).get("keeps_scores", [])
-    return any(words.issuperset(kind) for kind in kept)
+    facts = {"unfused": not has_attention_kernel(config), "mask": sdpa_has_mask(config),
+             "unaligned": config.model.head_dim % (4 if config.precision.dtype == "fp32" else 8) != 0}
+    words |= {word for word, is_so in facts.items() if is_so}
+    listed = _table().get("backends", {}).get("attention", {}).get(backend, {}).get(kinds, [])
+    return any(words.issuperset(kind) for kind in listed)
 
 
 def has_attention_kernel(config: Config) -> bool:

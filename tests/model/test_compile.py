@@ -13,6 +13,7 @@ from megalm.config import validate
 from megalm.data.loader import MicroBatch
 from megalm.engine.engine import build
 from megalm.model import layers
+from megalm.ops import sdpa
 from megalm.parallel.groups import TensorParallel, start
 from megalm.parallel.random import StepContext
 from megalm.plan import make_plan
@@ -64,6 +65,20 @@ def test_one_graph_serves_all_layers_and_steps(mode, monkeypatch):
     quick_compiler(monkeypatch)
     found = run_layers(config(True, mode))
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_sdpa_whose_gradients_have_orders_is_called_between_compiled_parts(monkeypatch):
+    """As on a GPU: compiled code has no place where torch's switch could be on for its gradient alone."""
+    monkeypatch.setattr(sdpa, "has_orders", lambda device: True)
+    expected = run_layers(config(False, dropout=0.0))
+    quick_compiler(monkeypatch)
+    orders, ask = [], sdpa._in_order
+    monkeypatch.setattr(sdpa, "_in_order", lambda *call: orders.append(torch.compiler.is_compiling()) or ask(*call))
+    monkeypatch.setattr(sdpa, "kernel", lambda *call: "flash")
+    found = run_layers(config(True, dropout=0.0))
+    assert orders == [False] * 4 * STEPS and counters["stats"]["unique_graphs"] > 1
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 

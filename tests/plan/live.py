@@ -1,16 +1,19 @@
 """What each rank of a job measures: the bytes of the tensors that its engine really holds."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
+from pytest import MonkeyPatch
 from torch import Tensor
 
 from megalm.data import MicroBatch
 from megalm.engine.engine import Engine, build
 from megalm.engine.fragments import steppable
 from megalm.model import layers
+from megalm.ops import sdpa
 from megalm.parallel.groups import start
 from megalm.parallel.random import StepContext
 from megalm.parallel.sharding import declared
@@ -45,7 +48,17 @@ def measure(rank: int, world_size: int, sections: dict[str, dict[str, Any]]) -> 
 
 
 def saved_by_a_layer(rank: int, world_size: int, sections: dict[str, dict[str, Any]]) -> int:
-    """Bytes that autograd keeps for the backward pass of one transformer layer, its weights apart."""
+    """Bytes that autograd keeps for the backward pass of one transformer layer, its weights apart; SDPA is called as on a GPU."""
+    with MonkeyPatch.context() as patch:
+        patch.setattr(sdpa, "kernel", partial(_kernel_of_a_gpu, sdpa.kernel))
+        return _saved_by_a_layer(world_size, sections)
+
+
+def _kernel_of_a_gpu(kernel: Callable[..., str], device: str, *call) -> str:
+    return kernel("cuda", *call)
+
+
+def _saved_by_a_layer(world_size: int, sections: dict[str, dict[str, Any]]) -> int:
     config = small_config(**sections)
     plan = make_plan(config, world_size)
     tp = start(plan, torch.device("cpu")).tp

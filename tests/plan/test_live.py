@@ -60,6 +60,10 @@ LAYERS = [
     ("reference", {}, "bf16", "selective", 1, False),
     ("torch", {}, "bf16", "selective", 2, True),
     ("torch", {"hidden_size": 512}, "bf16", "selective", 1, False),
+    ("torch", {"num_query_groups": 2}, "fp32", "none", 1, False),
+    ("torch", {**LLAMA_LAYER, "num_query_groups": 4}, "fp32", "none", 2, True),
+    ("torch", {**LLAMA_LAYER, "num_query_groups": 1}, "fp32", "none", 1, False),
+    ("torch", {**LLAMA_LAYER, "qk_norm": True}, "fp32", "none", 1, False),
 ]
 DOCUMENTS = [
     ("torch", LLAMA_LAYER, "bf16", "none", 1, False),
@@ -70,6 +74,7 @@ DOCUMENTS = [
 WINDOW = [
     ("torch", {"sliding_window": 40}, "bf16", "none", 1, False),
     ("torch", {**LLAMA_LAYER, "sliding_window": 40}, "fp32", "selective", 2, True),
+    ("torch", {**LLAMA_LAYER, "sliding_window": 40}, "bf16", "none", 1, False),
 ]
 CASES = [*((*case, {}) for case in LAYERS + WINDOW),
          *((*case, {"document_mask": True, "reset_positions": True}) for case in DOCUMENTS + WINDOW)]
