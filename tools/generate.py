@@ -28,6 +28,7 @@ from megalm.data.tokenizer import Tokenizer, TokenizerSource, load_tokenizer
 from megalm.engine.sequential import SequentialModel
 from megalm.model import layers
 from megalm.model.cache import KeyValueCache
+from megalm.ops.decode import LEAST_PAGE
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
 from megalm.parallel.sharding import part_slices
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach this probability")
     parser.add_argument("--seed", type=int, default=0,
                         help="of the drawing; the same seed, the same text. The second prompt draws with seed + 1, and so on")
+    parser.add_argument("--page-size", type=_page_size, metavar="N",
+                        help="keep keys and values in pages of N tokens (16, 32, 64, ...): of several prompts each then holds "
+                             "what it needs, not as much as the longest, and gives it back at its end")
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (optimizer.ema_decay)")
     return run(parser, _generate, argv)
 
@@ -73,7 +77,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     if eod is None and not all(prompts):
         raise ValueError("the prompt is empty and the tokenizer has no token that starts a document")
     # A document follows the end of the one before: where there is no prompt, that is what stands before the first token.
-    new = continue_ids(Reading(model, [ids or [eod] for ids in prompts]), eod, arguments.max_new_tokens, choose)
+    reading = Reading(model, [ids or [eod] for ids in prompts], arguments.page_size)
+    new = continue_ids(reading, eod, arguments.max_new_tokens, choose)
     texts = [text + continuation(model.tokenizer, *ids) for text, *ids in zip(arguments.prompt, prompts, new, strict=True)]
     if len(texts) == 1:
         print(texts[0])
@@ -81,6 +86,13 @@ def _generate(arguments: argparse.Namespace) -> int:
         for prompt, text in zip(arguments.prompt, texts, strict=True):
             print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
     return 0
+
+
+def _page_size(text: str) -> int:
+    size = positive(text)
+    if size < LEAST_PAGE or size & (size - 1):
+        raise argparse.ArgumentTypeError(f"{text} is not a power of two of at least {LEAST_PAGE}")
+    return size
 
 
 def _is_text(prompt: str) -> bool:
@@ -118,15 +130,16 @@ class Reading:
 
     Of each the model sees a window of at most seq_length tokens, the first of which has position 0. When a text outgrows its
     window, the window becomes the newest half of seq_length, and is read again: once in seq_length / 2 tokens.
+    page: of the cache's pages, in tokens; None: no pages.
     """
 
-    def __init__(self, model: LoadedModel, texts: Sequence[Sequence[int]]):
-        self.model, self.most = model, model.config.model.seq_length
+    def __init__(self, model: LoadedModel, texts: Sequence[Sequence[int]], page: int | None = None):
+        self.model, self.most, self.page = model, model.config.model.seq_length, page
         self.windows = [list(ids[-self.most:]) for ids in texts]
         self._read_again()
 
     def _read_again(self) -> None:
-        self.cache = KeyValueCache(len(self.windows), self.most, self.model.device)
+        self.cache = KeyValueCache(len(self.windows), self.most, self.model.device, self.page)
         self.unread = self.windows
 
     def next_logits(self) -> Tensor:
@@ -135,14 +148,21 @@ class Reading:
         return logits
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Each text goes on with its token."""
+        """Each text goes on with its token; one that has ended stays as it is."""
         assert not self.unread, "what was added before has not been read"
-        for window, token in zip(self.windows, tokens, strict=True):
-            window.append(token)
-        self.unread = [[token] for token in tokens]
+        self.unread = [[token] if window else [] for window, token in zip(self.windows, tokens, strict=True)]
+        for window, unread in zip(self.windows, self.unread, strict=True):
+            window += unread
         if max(map(len, self.windows)) > self.most:
             self.windows = [window if len(window) <= self.most else window[-max(1, self.most // 2):] for window in self.windows]
             self._read_again()
+
+    def end(self, text: int) -> None:
+        """This text doesn't go on: its scores mean nothing from here on, and its pages are free. Without pages it is read on with
+        the others, since texts of equal lengths cost less."""
+        if self.page is not None:
+            self.windows[text] = []
+            self.cache.drop(text)
 
 
 def load_model(folder: Path, device: torch.device, ema: bool = False) -> LoadedModel:
@@ -218,7 +238,9 @@ def continue_ids(reading: Reading, eod: int | None, most: int, choose: Sequence[
         if tokens:
             reading.add(tokens)
         tokens = [draw(scores) for draw, scores in zip(choose, reading.next_logits(), strict=True)]
-        going -= {text for text in going if tokens[text] == eod}
+        for text in [text for text in going if tokens[text] == eod]:
+            going.remove(text)
+            reading.end(text)
         for text in going:
             new[text].append(tokens[text])
         if not going:

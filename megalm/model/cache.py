@@ -8,6 +8,8 @@
 
 Sequences of unequal lengths are padded on the right: what a shorter one leaves there is written over by its next tokens, and
 nobody sees it. A layer keeps [b, G, room, d], so that a group's keys lie one after the other; a full one doubles its room.
+With a page size it keeps pages of so many tokens instead, [pages, page, G, d], of which each sequence has what its own length
+takes, and an ended one none (Kwon et al., "Efficient Memory Management for LLM Serving with PagedAttention", 2023).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megalm.ops.attention import UNBOUNDED, attention
-from megalm.ops.decode import decode
+from megalm.ops.decode import LEAST_PAGE, decode
 
 FEW = 16
 """Queries that decode's kernel has in one block; of more it would read the cache several times."""
@@ -31,14 +33,16 @@ class KeyValueCache:
 
     Args:
         most: tokens that a sequence can have; memory grows up to it as it is needed.
+        page: tokens of a page, a power of two from ops/decode.py's LEAST_PAGE up; None: no pages.
     """
 
-    def __init__(self, batch: int, most: int, device: torch.device):
+    def __init__(self, batch: int, most: int, device: torch.device, page: int | None = None):
         self.lengths, self.most, self.device = [0] * batch, most, device
+        self.pages = None if page is None else Pages(batch, page, device)
         self.start = self.end = 0               # the place of the first new token in the longest sequence; of the last, + 1
         self.positions: Tensor | None = None    # of the new tokens, int64 [n, b], where sequences differ
         self.slots: Tensor | None = None        # where they are kept: the same, but for padding beyond the most
-        self.seen: Tensor | None = None         # int32 [b], each sequence's length with the new tokens, where they differ
+        self.seen: Tensor | None = None         # int32 [b], lengths with the new tokens, where they differ or there are pages
         self._layers: dict[nn.Module, LayerCache] = {}
 
     @contextmanager
@@ -68,11 +72,60 @@ class KeyValueCache:
                 raise ValueError(f"{count} more tokens after {length} don't fit into a cache of {self.most}")
         self.start, self.end = max(self.lengths), max(self.lengths) + n
         self.positions = self.slots = self.seen = None
-        if min(self.lengths) < self.start:
+        unequal = min(self.lengths) < self.start
+        if unequal or self.pages is not None:
             lengths = torch.tensor(self.lengths, device=self.device)
             self.slots = lengths + torch.arange(n, device=self.device)[:, None]                 # [n, b]
-            self.positions = self.slots.clamp(max=self.most - 1)                                # padding has none of its own
+            self.positions = self.slots.clamp(max=self.most - 1) if unequal else None           # padding has none of its own
             self.seen = (lengths + n).to(torch.int32)
+        if self.pages is not None:
+            self.pages.reserve([length + count for length, count in zip(self.lengths, counts, strict=True)], self.end)
+            self.slots = self.pages.slots(self.slots, counts)
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence that has ended: it is empty from here on, and its pages are free for the others."""
+        self.lengths[sequence] = 0
+        if self.pages is not None:
+            self.pages.release(sequence)
+
+
+class Pages:
+    """Which pages each sequence has, the same of every layer. Page 0 is nobody's: padding is written there."""
+
+    def __init__(self, batch: int, size: int, device: torch.device):
+        assert size >= LEAST_PAGE and size & (size - 1) == 0, size
+        self.size, self.device = size, device
+        self.count = 1                          # pages that there are
+        self.free: list[int] = []
+        self.owned: list[list[int]] = [[] for _ in range(batch)]
+        self.table: Tensor | None = None        # int32 [b, pages of the longest], 0 where a sequence has none
+
+    def reserve(self, lengths: Sequence[int], end: int) -> None:
+        """Pages for sequences of these lengths, in a table that reaches up to `end`."""
+        columns, changed = -(-end // self.size), False
+        for owned, length in zip(self.owned, lengths, strict=True):
+            while len(owned) * self.size < length:
+                owned.append(self._take())
+                changed = True
+        if changed or self.table is None or self.table.shape[1] < columns:
+            rows = [[*owned, *[0] * (columns - len(owned))] for owned in self.owned]
+            self.table = torch.tensor(rows, dtype=torch.int32, device=self.device)
+
+    def _take(self) -> int:
+        if self.free:
+            return self.free.pop()
+        self.count += 1
+        return self.count - 1
+
+    def release(self, sequence: int) -> None:
+        self.free += self.owned[sequence]
+        self.owned[sequence], self.table = [], None
+
+    def slots(self, places: Tensor, counts: Sequence[int]) -> Tensor:
+        """Where in the pages, one after the other, the tokens at `places` [n, b] of their sequences are kept: int64 [n, b]."""
+        page = self.table.long().gather(1, (places // self.size).t()).t()                           # [n, b]
+        real = torch.arange(len(places), device=self.device)[:, None] < torch.tensor(counts, device=self.device)
+        return (page * self.size + places % self.size) * real
 
 
 class LayerCache:
@@ -80,7 +133,7 @@ class LayerCache:
 
     def __init__(self, whole: KeyValueCache):
         self.whole = whole
-        self.keys: Tensor | None = None      # [b, G, room, d]
+        self.keys: Tensor | None = None      # [b, G, room, d], or [pages, page, G, d]
         self.values: Tensor | None = None
 
     def places(self) -> dict[str, int | Tensor]:
@@ -96,10 +149,22 @@ class LayerCache:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int] | None, backend: str,
                softmax: str) -> Tensor:
         """Causal attention of the new tokens [n, b, H or G, d] to all: [n, b, H, d]. A prompt takes attention's `backend`."""
-        keys, values = self._append(key, value)
+        left = UNBOUNDED if window is None else window[0]
+        if self.whole.pages is not None:
+            self._append_to_pages(key, value, self.whole.pages)
+            if self.whole.start > 0:
+                return decode(query, self.keys, self.values, self.whole.seen, table=self.whole.pages.table, left=left)
+            keys, values = key, value
+        else:
+            keys, values = self._append(key, value)
         if self.whole.start == 0 or self.whole.seen is None and query.shape[0] > FEW:
             return attention(query, keys, values, causal=True, window=window, backend=backend, softmax=softmax)
-        return decode(query, keys, values, self.whole.seen, left=UNBOUNDED if window is None else window[0])
+        return decode(query, keys, values, self.whole.seen, left=left)
+
+    def _append_to_pages(self, key: Tensor, value: Tensor, pages: Pages) -> None:
+        self.keys, self.values = (_with_pages(old, new, pages) for old, new in ((self.keys, key), (self.values, value)))
+        for kept, new in ((self.keys, key), (self.values, value)):
+            kept.flatten(0, 1)[self.whole.slots.flatten()] = new.flatten(0, 1)
 
     def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Views [s, b, G, d] of all keys and values, the new ones included."""
@@ -123,4 +188,16 @@ def _roomy(kept: Tensor | None, new: Tensor, whole: KeyValueCache) -> Tensor:
     grown = new.new_empty(*new.shape[1:3], room, new.shape[3])
     if kept is not None:
         grown[:, :, :whole.start] = kept[:, :, :whole.start]
+    return grown
+
+
+def _with_pages(kept: Tensor | None, new: Tensor, pages: Pages) -> Tensor:
+    """The store [pages, page, G, d] with all the pages that there are: the old one, or a larger one with its content."""
+    have = 0 if kept is None else kept.shape[0]
+    if have >= pages.count:
+        return kept
+    # Of zeros: a page that is not full is multiplied by probabilities of 0.
+    grown = new.new_zeros(max(pages.count, have + have // 2), pages.size, *new.shape[2:])
+    if kept is not None:
+        grown[:have] = kept
     return grown

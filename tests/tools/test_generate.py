@@ -155,16 +155,19 @@ def test_each_token_is_read_once_and_its_scores_are_those_of_reading_all_again(f
             reading.add([int(scores.argmax())])
 
 
+@pytest.mark.parametrize("page", [None, 16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_texts_that_are_read_together_get_the_scores_of_each_alone(family, tmp_path):
-    """Of unequal lengths, so that their windows move on at different times."""
+def test_texts_that_are_read_together_get_the_scores_of_each_alone(family, page, tmp_path):
+    """Of unequal lengths, so that their windows move on at different times; one ends on the way, a window before the others."""
     folder, _ = checkpoint(tmp_path / "run", FAMILIES[family])
     loaded = load_model(folder, CPU)
     texts = [list(b"def main("), [65], list(range(60))]
-    reading, alone = Reading(loaded, texts), [greedy(loaded, text, 40) for text in texts]
+    reading, alone = Reading(loaded, texts, page), [greedy(loaded, text, 40) for text in texts]
     for step in range(40):
-        together = reading.next_logits()
-        torch.testing.assert_close(together, torch.stack([scores[step] for scores in alone]), rtol=1e-5, atol=1e-5)
+        together, going = reading.next_logits(), [0, 2] if step > 9 else [0, 1, 2]
+        torch.testing.assert_close(together[going], torch.stack([alone[text][step] for text in going]), rtol=1e-5, atol=1e-5)
+        if step == 9:
+            reading.end(1)
         reading.add(together.argmax(1).tolist())
 
 
@@ -198,6 +201,8 @@ def test_several_prompts_are_a_json_object_each(tmp_path, capsys):
         assert main([*options, "--prompt", prompt, "--seed", seed]) == 0
         alone.append(capsys.readouterr().out.removesuffix("\n"))
     assert [one["text"] for one in found] == alone
+    assert main([*options, "--prompt", "a\nb", "--prompt", "", "--page-size", "16"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found
 
 
 def test_the_tokenizer_comes_from_the_checkpoint(tmp_path, capsys):
@@ -238,6 +243,7 @@ def test_an_empty_prompt_starts_a_document(tmp_path, capsys):
     (["--checkpoint", ".", "--prompt", "a", "--temperature", "-1"], "--temperature -1.0: a number of at least 0 expected"),
     (["--checkpoint", ".", "--prompt", "a", "--temperature", "nan"], "--temperature nan: a number of at least 0 expected"),
     (["--checkpoint", ".", "--prompt", "a", "--max-new-tokens", "0"], "0 is not a number of at least 1"),
+    (["--checkpoint", ".", "--prompt", "a", "--page-size", "24"], "24 is not a power of two of at least 16"),
     (["--prompt", "a"], "--checkpoint"),
 ])
 def test_mistakes_are_one_line(arguments, line, capsys, tmp_path, monkeypatch):
@@ -262,14 +268,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
 
 def test_the_end_of_a_document_ends_the_text():
     """Of each text for itself; the others go on."""
-    script, added = iter([[5, 1], [6, 256], [256, 2], [7, 3]]), []
+    script, added, ended = iter([[5, 1], [6, 256], [256, 2], [7, 3]]), [], []
 
     def next_logits():
         return torch.nn.functional.one_hot(torch.tensor(next(script)), 257).float()
 
-    reading = SimpleNamespace(next_logits=next_logits, add=added.append)
+    reading = SimpleNamespace(next_logits=next_logits, add=added.append, end=ended.append)
     assert continue_ids(reading, 256, 10, [Sampler(0.0)] * 2) == [[5, 6], [1]]
-    assert added == [[5, 1], [6, 256]]
+    assert added == [[5, 1], [6, 256]] and ended == [1, 0]
 
 
 def test_sampling_follows_the_softmax_at_that_temperature():
