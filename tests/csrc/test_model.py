@@ -11,8 +11,11 @@ from megalm.model import layers
 from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
 from megalm.plan import make_plan
+from megalm.plan.activations import layer_activations
 from megalm.tools.kernel_cases.accuracy import judge
+from tests.config.trees import config as small_config
 from tests.model.test_compile import quick_compiler
+from tests.plan.live import saved_by_a_layer
 
 SEQ, BATCH, HIDDEN, STEPS = 8, 2, 32, 2
 KERNELS = ("norm", "activation", "dropout")
@@ -50,6 +53,20 @@ def run(settings, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         outputs.append(hidden)
         hidden.square().sum().backward()
     return outputs + [parameter.grad for module in modules for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("rotary, compiled", [("megalm", False), ("megalm", True), ("torch", True)])
+def test_a_layer_keeps_what_the_plan_says_of_its_rotary(shim, rotary, compiled, monkeypatch):
+    """In place in eager mode; compiled code turns it into one new tensor, and lets go of the projection."""
+    quick_compiler(monkeypatch)
+    kernels = {**dict.fromkeys(("attention", "norm", "activation", "softmax", "dropout"), "torch"), "rotary": rotary}
+    sections = {"model": {"hidden_size": 256, "num_query_groups": 2, "seq_length": 64, **STYLES["llama"]}, "batch": {"micro": 2},
+                "precision": {"dtype": "bf16"}, "kernels": kernels, "train": {"compile": compiled}}
+    planned = small_config(**sections)
+    estimate = layer_activations(planned, make_plan(planned, 1), "none")
+    # Torch's swiglu keeps silu of the gate on a CPU, where it is not compiled.
+    estimate += 0 if compiled else 2 * 64 * planned.model.ffn_hidden_size * 2
+    assert saved_by_a_layer(0, 1, sections) == pytest.approx(estimate, rel=0.015)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
