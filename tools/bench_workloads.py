@@ -191,8 +191,13 @@ def linear_losses(size: str) -> Iterator[Workload]:
 
 
 def attentions(size: str) -> Iterator[Workload]:
-    """Causal, whole and in eight packed documents: two products forward and five backward, each over half of the scores."""
+    """Causal, whole and in eight packed documents: two products forward and five backward, each over half of the scores.
+
+    Gradients are summed in a fixed order, which is what training asks for unless train.deterministic is false.
+    """
     from megalm.ops.attention import attention, packed_documents
+
+    ordered = partial(attention, deterministic=True)
 
     shapes = {"full": [(8192, 2, 32, 8, 128), (2048, 8, 32, 32, 64)], "small": [(256, 2, 4, 4, 64)], "tiny": [(4, 1, 2, 1, 64)]}
     for s, b, heads, groups, d in shapes[size]:
@@ -200,10 +205,10 @@ def attentions(size: str) -> Iterator[Workload]:
             return [random(device, s, b, h, d) for h in (heads, groups, groups)]
 
         product = 2.0 * b * heads * s * s * d / 2
-        yield Workload("attention", f"attention causal {s}x{b}x{heads}x{d}", inputs, attention, flops=(2 * product, 5 * product))
+        yield Workload("attention", f"attention causal {s}x{b}x{heads}x{d}", inputs, ordered, flops=(2 * product, 5 * product))
 
         def run(q: Tensor, k: Tensor, v: Tensor, backend: str, starts: Tensor) -> Tensor:
-            return attention(q, k, v, documents=packed_documents(starts, q.device), backend=backend)
+            return ordered(q, k, v, documents=packed_documents(starts, q.device), backend=backend)
 
         length = -(-s // 8)
         starts = (torch.arange(s, dtype=torch.int32) // length * length).expand(b, s)
