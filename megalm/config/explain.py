@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from . import schema
 from .schema import Config
 
 _EXPECTED = {
@@ -37,11 +38,20 @@ def explain(error: ValidationError, tree: Any) -> dict[str, str]:
             lines[dotted] = f"{dotted}: unknown key (value {short(item['input'])}){nearest(path)}"
         else:
             wanted = _EXPECTED.get(item["type"], item["msg"]).format(**item.get("ctx", {}))
+            if item["type"] == "model_type":
+                wanted += f" with {keys_of(item['ctx']['class_name'])}"
             expected.setdefault(dotted, []).append(wanted)
             lines[dotted] = f"{dotted}: {' or '.join(expected[dotted])} expected, {short(value_at(tree, path))} given"
     # A list whose items are wrong counts as empty: the items' own lines say it better.
     return {path: line for path, line in lines.items()
             if "item(s) expected" not in line or not any(other.startswith(path + ".") for other in lines)}
+
+
+def keys_of(section: str, most: int = 6) -> str:
+    """The keys of a class of the schema, for a message; those that have no default first."""
+    found = getattr(schema, section).model_fields
+    names = [found[name].alias or name for name in sorted(found, key=lambda name: not found[name].is_required())]
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def real_path(loc: Sequence[str | int], tree: Any, kind: str) -> tuple[str | int, ...]:

@@ -111,7 +111,8 @@ def test_wrong_override(override, message, tmp_path):
     ("data", {"train": "data/x"}, 'data.train: a list expected, "data/x" given'),
     ("kernels", {"attention": "cuda"},
      "kernels.attention: 'auto', 'megalm', 'torch', 'apex', 'flash_attn', 'liger' or 'reference' expected"),
-    ("logging", {"wandb": True}, "logging.wandb: an object expected, true given"),
+    ("logging", {"wandb": True}, "logging.wandb: an object with project, mode, name expected, true given"),
+    ("data", {"train": ["data/x"]}, 'data.train.0: an object with path, weight expected, "data/x" given'),
 ])
 def test_one_mistake_is_one_line(section, keys, message, tmp_path):
     [problem] = problems_of(tree(**{section: keys}), folder=tmp_path)
@@ -140,7 +141,7 @@ def test_all_mistakes_at_once(tmp_path):
 
 def test_a_section_that_is_no_object_hides_nothing_else(tmp_path):
     problems = problems_of({**tree(parallel={"tp": 3}), "batch": 8}, folder=tmp_path)
-    assert problems[0] == "batch: an object expected, 8 given"
+    assert problems[0] == "batch: an object with micro, global expected, 8 given"
     assert any(problem.startswith("model.num_attention_heads: 8 is not divisible") for problem in problems)
 
 
