@@ -20,6 +20,11 @@ def fail(message: str) -> int:
     return 2
 
 
+def counted(number: int, what: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def positive(text: str) -> int:
     """The type of an option that is a number of at least 1."""
     if not text.isdigit() or int(text) == 0:

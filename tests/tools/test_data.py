@@ -165,6 +165,14 @@ def test_fractions_that_do_not_divide(tmp_path):
     assert [len(documents(tmp_path / f"a_{name}")) for name in ("train", "valid", "test")] == [4, 3, 3]
 
 
+@pytest.mark.parametrize("fractions, expected", [
+    ("1/2,1/2", ["train", "valid"]), ("1", ["train"]), ("1/4,1/4,1/4,1/4", ["part_0", "part_1", "part_2", "part_3"])])
+def test_names_that_nobody_gave(tmp_path, fractions, expected):
+    numbered(tmp_path / "a", [1] * 8)
+    assert run("split", tmp_path / "a", "--fractions", fractions, "--output", tmp_path / "out") == 0
+    assert sorted(path.name for path in tmp_path.glob("out*.bin")) == [f"out_{name}.bin" for name in expected]
+
+
 def test_splits_that_would_lose_something(tmp_path, capsys):
     numbered(tmp_path / "a", [1] * 10)
     before = names(tmp_path)
@@ -176,7 +184,7 @@ def test_splits_that_would_lose_something(tmp_path, capsys):
         (("--documents", "a,1,2"), "numbers apart by commas"),
         (("--documents", "12,rest,0"), "the sum is 12 documents"),
         (("--fractions", "1.5,-0.5,0"), "at least 0"),
-        (("--fractions", "0.5,0.5"), "2 different names are needed"),
+        (("--fractions", "0.5,0.5", "--names", "a"), "2 different names are needed"),
         (("--fractions", "rest,0,0", "--names", "a,a,b"), "3 different"),
         ((), "one of the arguments --fractions --documents is required"),
     ]:

@@ -12,6 +12,7 @@ from megalm.data.description import FORMAT, named, read_description
 from megalm.data.errors import DataError
 from megalm.data.indexed import IndexedReader, file_paths
 from megalm.data.rewrite import Rewritten
+from megalm.tools._command import counted
 
 
 def open_all(prefixes: Sequence[str]) -> list[IndexedReader]:
@@ -97,7 +98,7 @@ def writing(prefixes: Sequence[str]) -> Iterator[list[Rewritten]]:
 
 def described(reader: IndexedReader) -> str:
     """`12 documents, 345 tokens (uint16)`."""
-    return f"{reader.num_documents:,} documents, {reader.total_tokens:,} tokens ({reader.dtype.name})"
+    return f"{counted(reader.num_documents, 'document')}, {counted(reader.total_tokens, 'token')} ({reader.dtype.name})"
 
 
 def published(prefix: str) -> IndexedReader:

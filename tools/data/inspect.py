@@ -20,7 +20,7 @@ from megalm.data.statistics import (
     summarize,
 )
 from megalm.data.tokenizer import TYPES, Tokenizer, TokenizerSource, guess_source, load_tokenizer
-from megalm.tools._command import Parser
+from megalm.tools._command import Parser, counted
 from megalm.tools._progress import Progress
 from megalm.tools.data._common import open_all
 
@@ -137,8 +137,8 @@ def end_of_document(summary: Summary, tokenizer: Tokenizer | None) -> int | None
 def table(report: dict) -> str:
     """The report for people."""
     lines = [
-        f"{report['prefix']}: {report['documents']:,} documents, {report['sequences']:,} sequences, {report['tokens']:,} tokens "
-        f"({report['dtype']}){', multimodal' if report['multimodal'] else ''}",
+        f"{report['prefix']}: {counted(report['documents'], 'document')}, {counted(report['sequences'], 'sequence')}, "
+        f"{counted(report['tokens'], 'token')} ({report['dtype']}){', multimodal' if report['multimodal'] else ''}",
         f"files         .bin {report['bin_bytes']:,} bytes, .idx {report['idx_bytes']:,} bytes",
     ]
     if "description" in report:

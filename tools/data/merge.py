@@ -9,6 +9,7 @@ import argparse
 from megalm.data.errors import DataError
 from megalm.data.indexed import IndexedReader, file_paths
 from megalm.data.rewrite import Part
+from megalm.tools._command import counted
 from megalm.tools._progress import Progress
 from megalm.tools.data._common import described, inherited, open_all, parents_of, published, refuse_outputs, writing
 
@@ -48,6 +49,6 @@ def work(arguments: argparse.Namespace) -> int:
         if parents is not None:
             output.describe(inherited(parents, output.counts(parts), made_by="merge"))
     if not arguments.quiet:
-        print(f"{arguments.output}: {described(published(arguments.output))} from {len(readers)} data sets; "
+        print(f"{arguments.output}: {described(published(arguments.output))} from {counted(len(readers), 'data set')}; "
               f"{size / 1e6:,.1f} MB by {' and '.join(sorted(output.copied_by))} in {progress.seconds:.1f} s")
     return 0

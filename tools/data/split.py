@@ -17,13 +17,16 @@ from megalm.data.rewrite import Part, everything
 from megalm.tools._progress import Progress
 from megalm.tools.data._common import described, inherited, open_all, parents_of, published, refuse_outputs, writing
 
+USUAL = ("train", "valid", "test")
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="PREFIX", help="the data set")
     sizes = parser.add_mutually_exclusive_group(required=True)
     sizes.add_argument("--fractions", metavar="A,B,...", help="shares of the documents, of sum 1; one may be the word rest")
     sizes.add_argument("--documents", metavar="A,B,...", help="numbers of documents, of sum all; one may be the word rest")
-    parser.add_argument("--names", default="train,valid,test", metavar="A,B,...", help="of the parts (train,valid,test)")
+    parser.add_argument("--names", metavar="A,B,...", help="of the parts (train,valid,test; of two train,valid; of more "
+                        "than three part_0,part_1,...)")
     parser.add_argument("--output", metavar="PREFIX", help="PREFIX_NAME is written; by default the input's prefix")
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draw (1234)")
@@ -81,12 +84,21 @@ def stretch(low: int, high: int) -> Iterator[np.ndarray]:
         yield piece + low
 
 
+def names_of(given: str | None, number: int) -> list[str]:
+    """The names of so many parts. Raises DataError for those that don't fit."""
+    if given is None:
+        return list(USUAL[:number]) if number <= len(USUAL) else [f"part_{k}" for k in range(number)]
+    names = given.split(",")
+    if len(names) != number or len(set(names)) < number or not all(names):
+        raise DataError(f"--names {given}: {number} different names are needed, one for each of the parts")
+    return names
+
+
 def work(arguments: argparse.Namespace) -> int:
     """The command. Raises DataError for what is wrong; then nothing is written."""
     reader, = open_all([arguments.input])
-    names, sizes = arguments.names.split(","), counts(arguments, reader.num_documents)
-    if len(names) != len(sizes) or len(set(names)) < len(names) or not all(names):
-        raise DataError(f"--names {arguments.names}: {len(sizes)} different names are needed, one for each of the parts")
+    sizes = counts(arguments, reader.num_documents)
+    names = names_of(arguments.names, len(sizes))
     outputs = [f"{arguments.output or arguments.input}_{name}" for name in names]
     refuse_outputs(outputs, [arguments.input], arguments.overwrite)
     parents = parents_of([reader])
