@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from megalm.data.errors import DataError
 from megalm.data.sample import Sample, share_of
+from megalm.tools._command import counted
 from megalm.tools._progress import Progress
 from megalm.tools.preprocess.inputs import Source, find_sources, spans
 from megalm.tools.preprocess.reading import Chunk, read_chunks
@@ -50,7 +51,7 @@ class Corpus:
                     self.training.offer(text.encode())
             self.held_out = {} if self.share else self.held_out
         if not self.training.bytes:
-            raise DataError(f"no text in {', '.join(self.arguments.input)}: {self.documents} documents")
+            raise DataError(f"no text in {', '.join(self.arguments.input)}: {counted(self.documents, 'document')}")
 
     def _offer(self, text: bytes, language: str | None) -> None:
         if self.share and share_of(text, self.arguments.seed) < self.share:

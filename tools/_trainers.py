@@ -100,10 +100,19 @@ def too_large(vocab_size: int, most: int) -> str:
 
 
 def split_pattern(digits: str) -> str:
-    """The units in which byte-level BPE merges."""
-    words, marks = r" ?[\p{L}\p{M}]+", r" ?[^\s\p{L}\p{M}\p{N}]+"  # with the space before them
-    spaces = r"\s*[\r\n]+|\s+(?!\S)|\s+"  # up to a line end, or but for the last one, which belongs to what follows
-    return f"{words}|{DIGITS[digits]}|{marks}|{spaces}"
+    """The units in which byte-level BPE merges, as a regular expression.
+
+    Those of Qwen's tokenizers that hold marks of the script together with their letters (single digits) and of OpenAI's
+    o200k_base (triples), rather than ones of our own: fast tokenizers know them by their text.
+    """
+    before, spaces = r"[^\r\n\p{L}\p{N}]?", r"\s*[\r\n]+|\s+(?!\S)|\s+"  # a space or a mark belongs to the word behind it
+    if digits == "triples":
+        ends = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+        words = f"{before}{upper}*{lower}+{ends}|{before}{upper}+{lower}*{ends}"
+        return rf"{words}|{DIGITS[digits]}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{spaces}"
+    ends, marks = "(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    return rf"{ends}|{before}[\p{{L}}\p{{M}}]+|{DIGITS[digits]}|{marks}|{spaces}"
 
 
 def train_byte_bpe(texts: Iterable[str], recipe: Recipe, show_progress: bool) -> bytes:

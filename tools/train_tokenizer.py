@@ -23,7 +23,7 @@ from megalm import __version__
 from megalm.data.errors import DataError
 from megalm.data.publish import write_atomically
 from megalm.data.tokenizer import TokenizerSource, load_tokenizer
-from megalm.tools._command import Parser, positive, run
+from megalm.tools._command import Parser, counted, positive, run
 from megalm.tools._corpus import Corpus
 from megalm.tools._held_out import Group, measure, table, together
 from megalm.tools._progress import shown, ticking
@@ -46,8 +46,9 @@ def output_of(arguments: argparse.Namespace) -> tuple[Path, Path]:
     suffix = SUFFIX[arguments.type]
     output = Path(arguments.output or f"{arguments.model_prefix}{suffix}")
     if output.suffix != suffix:
-        library = "sentencepiece model" if suffix == ".model" else "byte-level BPE tokenizer"
-        raise DataError(f"--output {output}: a {library} is named *{suffix}")
+        others = [kind for kind in SUFFIX if SUFFIX[kind] == output.suffix]
+        hint = f"; --type {' or '.join(others)} makes a *{output.suffix}" if others else ""
+        raise DataError(f"--output {output}: --type {arguments.type} makes a *{suffix}{hint}")
     report = output.with_suffix(".report.json")
     for path in (output, report):
         if path.exists() and not arguments.force:
@@ -110,7 +111,7 @@ def summary(output: Path, pieces: int, recipe: Recipe, corpus: Corpus, seconds: 
     if len(sample) < sample.offered:
         text += f", {len(sample):,} of {sample.offered:,} documents (--sample-bytes, --sample-documents)"
     if corpus.skipped:
-        text += f"; {corpus.skipped:,} invalid documents skipped"
+        text += f"; {counted(corpus.skipped, 'invalid document')} skipped"
     return f"{text}, in {seconds:.0f} s"
 
 

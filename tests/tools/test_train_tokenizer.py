@@ -104,10 +104,10 @@ def test_bad_input(corpus, tmp_path, capsys):
     assert "bad.jsonl, line 151: not JSON" in refused(capsys, "--input", tmp_path / "bad.jsonl", *usual)
     assert "no text in" in refused(capsys, "--input", tmp_path / "empty.jsonl", *usual)
     assert "no field 'no'" in refused(capsys, "--input", corpus, *usual, "--field", "no")
-    assert "is named *.model" in refused(capsys, "--input", corpus, "--vocab-size", 600, "--output", tmp_path / "a.bin")
+    assert "--type bpe makes a *.model" in refused(capsys, "--input", corpus, "--vocab-size", 600, "--output", tmp_path / "a.bin")
     assert "invalid choice" in refused(capsys, "--input", corpus, *usual, "--type", "word")
     assert "--sample-bytes is 0" in refused(capsys, "--input", corpus, *usual, "--max-bytes", 0)
     assert run("--input", tmp_path / "bad.jsonl", *usual, "--skip-invalid") == 0
-    assert "1 invalid documents skipped" in capsys.readouterr().out
+    assert "1 invalid document skipped" in capsys.readouterr().out
     assert "exists already" in refused(capsys, "--input", corpus, *usual)
     assert run("--input", corpus, *usual, "--force") == 0

@@ -13,8 +13,11 @@ import pytest
 
 from megalm.data.tokenizer import TokenizerSource, load_tokenizer
 from megalm.tools._corpus import PIECE, pieces
+from megalm.tools.preprocess.backends import Reference, fast_backend
+from megalm.tools.preprocess.checking import Sample, first_difference, strange_samples
 from tests.data.models import TEXTS
 from tests.data.real_text import KINDS, MALFORMED
+from tests.tools.test_preprocess_tokenizing import random_texts
 from tests.tools.test_train_tokenizer import refused, run
 
 EVERY_KIND = ["bpe", "unigram", "byte-bpe"]
@@ -138,6 +141,19 @@ def test_digits(tmp_path, kind, digits, most):
     assert max(len(text) for text in shown if text.isdigit()) == most
 
 
+@pytest.mark.parametrize("digits", ["single", "triples"])
+def test_the_fast_tokenizer_takes_it(shards, tmp_path, digits):
+    """With the ids of its own library, on real text and on what differs between tokenizers."""
+    output = tmp_path / "a.json"
+    assert run("--input", *shards, "--vocab-size", 900, "--type", "byte-bpe", "--output", output, "--digits", digits, "--quiet",
+               "--special-tokens", "<|user|>") == 0
+    tokenizer = load_tokenizer(TokenizerSource("huggingface", str(output), "<|endoftext|>", special_tokens=False))
+    fast, why = fast_backend(tokenizer)
+    assert fast is not None, why
+    samples = [Sample(text) for text in (*TEXTS, *random_texts(300, 5))] + strange_samples(tokenizer)
+    assert first_difference(samples, fast, Reference(tokenizer)) is None
+
+
 def test_without_byte_fallback_unknown_characters_are_lost(shards, tmp_path):
     held = json_lines(tmp_path / "held.jsonl", ["ৎ", "the harbour"])
     output = tmp_path / "a.model"
@@ -188,7 +204,8 @@ def test_long_documents_take_part_in_pieces():
 def test_mistakes(shards, tmp_path, capsys):
     usual = ("--input", shards[0], "--vocab-size", 700, "--output", tmp_path / "a.json", "--type", "byte-bpe")
     for options, message in [
-        (("--type", "bpe"), "a sentencepiece model is named *.model"), (("--output", tmp_path / "a.model"), "named *.json"),
+        (("--type", "bpe"), "--type bpe makes a *.model; --type byte-bpe makes a *.json"),
+        (("--output", tmp_path / "a.model"), "--type byte-bpe makes a *.json; --type bpe or unigram makes a *.model"),
         (("--vocab-size", 257), "257 special and byte pieces alone need more"), (("--vocab-size", 90_000), "gives at most"),
         (("--held-out", "en"), "NAME=FILE is wanted"), (("--held-out", f"en={tmp_path}/none.jsonl"), "none.jsonl is missing"),
         (("--held-out-share", 1), "below 1"), (("--character-coverage", 0.97), "it must be from 0.98 to 1"),
