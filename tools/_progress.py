@@ -18,10 +18,10 @@ def shown(quiet: bool) -> bool:
 class Progress:
     """`merge  41.0%  812.3 MB/s  12 s left`, rewritten in place. Used as a context, which wipes the line when it is left."""
 
-    def __init__(self, label: str, total: int, quiet: bool = False):
-        """`total` bytes are to come; 0: unknown."""
+    def __init__(self, label: str, total: int, quiet: bool = False, before: int = 0):
+        """Of `total` bytes (0: unknown) an earlier run has done those `before`."""
         self.label, self.total, self.live = label, total, shown(quiet)
-        self.done, self.started = 0, time.monotonic()
+        self.done, self.before, self.started = before, before, time.monotonic()
         self._next = self.started + EVERY
 
     def add(self, size: int) -> None:
@@ -30,15 +30,19 @@ class Progress:
         now = time.monotonic()
         if self.live and now >= self._next:
             self._next = now + EVERY
-            _rewrite(self.line(now))
+            _rewrite(self.line())
 
-    def line(self, now: float) -> str:
-        speed = self.done / max(1e-9, now - self.started)
-        rate = f"{speed / 1e6:.1f} MB/s"
+    def line(self) -> str:
+        rate = f"{self.speed / 1e6:.1f} MB/s"
         if not self.total:
             return f"{self.label}  {self.done / 1e6:,.0f} MB  {rate}"
-        left = max(0, self.total - self.done) / max(1.0, speed)
+        left = max(0, self.total - self.done) / max(1.0, self.speed)
         return f"{self.label}  {min(1.0, self.done / self.total):.1%}  {rate}  {left:.0f} s left"
+
+    @property
+    def speed(self) -> float:
+        """Bytes a second, of this run."""
+        return (self.done - self.before) / self.seconds
 
     @property
     def seconds(self) -> float:

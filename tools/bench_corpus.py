@@ -5,7 +5,8 @@
 
 All of a tokenizer's rivals run one after the other on one core, on the same text (Python's library, or --corpus), and must write
 the same bytes. A rate is MB of JSON lines over processor seconds of the whole process, start and check included; wall seconds
-stand beside. Two workers on two cores are compared by wall time with one, in pairs, and the median ratio is given.
+stand beside. Two workers on two cores are compared by wall time with one, in pairs, on the same text several times over, and the
+median ratio is given.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -69,11 +71,11 @@ def ours(corpus: Path, output: Path, model: str, eod: str, workers: int, *more: 
             "--tokenizer", model, "--workers", str(workers), "--force", *ends, *kind, *more]
 
 
-def compare(corpus: Path, folder: Path, model: str, eod: str, pairs: int, megatron: bool) -> dict:
+def compare(corpus: Path, folder: Path, model: str, eod: str, arguments: argparse.Namespace) -> dict:
     """All rivals on one tokenizer; raises ValueError if they don't write the same."""
     library = "tokenizers" if model.endswith(".json") else "sentencepiece"
     found = {"megalm": timed(ours(corpus, folder / "megalm", model, eod, 1), 1)}
-    for peer in (library, "megatron-core")[:1 + megatron]:
+    for peer in (library, "megatron-core")[:1 + arguments.megatron]:
         command = [sys.executable, "-W", "ignore", "-m", "megalm.tools.bench_corpus_peers", peer, str(corpus), str(folder / peer)]
         found[peer] = timed([*command, model, eod], 1)
         if not same(str(folder / "megalm"), str(folder / peer)):
@@ -83,16 +85,31 @@ def compare(corpus: Path, folder: Path, model: str, eod: str, pairs: int, megatr
     for entry in found.values():
         entry["megabytes_a_second"] = round(size / entry["cpu_seconds"], 2)
         entry["times"] = round(found[library]["cpu_seconds"] / entry["cpu_seconds"], 2)
-    ratios = [one / two for one, two in (scaling(corpus, folder, model, eod) for _ in range(pairs))]
+    many = several(corpus, folder, arguments.scaling_megabytes) if arguments.pairs else []
+    ratios = [one / two for one, two in (scaling(many, folder, model, eod) for _ in range(arguments.pairs))]
     return {"library": library, "rivals": found, "two_workers": {"ratios": [round(ratio, 2) for ratio in ratios],
                                                                "median": round(statistics.median(ratios), 2) if ratios else None}}
 
 
-def scaling(corpus: Path, folder: Path, model: str, eod: str) -> tuple[float, float]:
+def several(corpus: Path, folder: Path, megabytes: int) -> list[Path]:
+    """Links to a corpus, so many that they hold so much text together."""
+    (folder / "several").mkdir(exist_ok=True)
+    for number in range(max(1, round(megabytes * 1e6 / corpus.stat().st_size))):
+        link = folder / "several" / f"{number}.jsonl"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(corpus, link)
+        except OSError:  # on another file system
+            shutil.copyfile(corpus, link)
+    return sorted((folder / "several").iterdir())
+
+
+def scaling(corpora: Sequence[Path], folder: Path, model: str, eod: str) -> tuple[float, float]:
     """Wall seconds of one worker on one core and of two on two, one right after the other."""
-    small = ("--piece-bytes", "8000000")
-    return (timed(ours(corpus, folder / "megalm", model, eod, 1, *small), 1)["seconds"],
-            timed(ours(corpus, folder / "megalm", model, eod, 2, *small), 2)["seconds"])
+    first, *more = corpora
+    inputs = ("--input", *map(str, corpora)) if more else ()  # the last --input counts
+    return (timed(ours(first, folder / "megalm", model, eod, 1, *inputs), 1)["seconds"],
+            timed(ours(first, folder / "megalm", model, eod, 2, *inputs), 2)["seconds"])
 
 
 def one_document(folder: Path, model: str, eod: str, size: int) -> dict:
@@ -134,8 +151,7 @@ def bench(arguments: argparse.Namespace) -> int:
                 report["one_document"][Path(given).name] = one_document(folder, model, arguments.eod, arguments.document_bytes)
             else:
                 report["corpus_bytes"] = corpus.stat().st_size
-                report["tokenizers"][Path(given).name] = compare(corpus, folder, model, arguments.eod, arguments.pairs,
-                                                               arguments.megatron)
+                report["tokenizers"][Path(given).name] = compare(corpus, folder, model, arguments.eod, arguments)
     print(table(report))
     if arguments.out:
         write_atomically(Path(arguments.out), [json.dumps(report, indent=1).encode() + b"\n"])
@@ -151,6 +167,7 @@ def parser() -> Parser:
     add("--corpus", metavar="FILE.jsonl", help="by default the text of this Python's files")
     add("--megabytes", type=positive, default=100, help="of that text (100)")
     add("--pairs", type=int, default=3, help="pairs of one and two workers (3)")
+    add("--scaling-megabytes", type=positive, default=1000, help="of that text, some of it several times, for those (1000)")
     add("--no-megatron", dest="megatron", action="store_false", help="without Megatron-Core, which takes seconds to start")
     add("--document-bytes", type=positive, help="instead: one document of so many bytes")
     add("--folder", help="where to work; by default the folder for temporary files")

@@ -2,11 +2,13 @@
 
     python -m megalm.tools.kill_preprocess --moments 50
 
-Every other time the main process alone is killed, and its workers must end with it; else the whole process group.
+Every other time the main process alone is killed, and its workers must end with it; else the whole process group. The text comes
+in three files, of which each worker takes its own, or in one .gz, of which each takes a share.
 """
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -26,8 +28,8 @@ WORDS = ["quick", "brown", "fox", "the", "lazy", "dog", "def", "return", "(", ")
 KILLS = 3  # of one run, before it may end
 
 
-def corpus(folder: Path, documents: int) -> list[Path]:
-    """Three files of random words, with documents that come twice, empty ones, and one that is long."""
+def corpus(folder: Path, documents: int) -> dict[str, list[Path]]:
+    """Random words, with documents that come twice, empty ones, and one that is long: as three files, and as one .gz of them."""
     draw = random.Random(7)
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(0, 300))) for _ in range(documents)]
     texts += texts[::10] + ["", "word " * 20_000]
@@ -35,7 +37,9 @@ def corpus(folder: Path, documents: int) -> list[Path]:
     for number in range(3):
         paths.append(folder / f"{number}.jsonl")
         paths[-1].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[number::3]))
-    return paths
+    whole = folder / "whole.jsonl.gz"
+    whole.write_bytes(b"".join(gzip.compress(path.read_bytes()) for path in paths))  # three members
+    return {"files": paths, "gz": [whole]}
 
 
 def command(inputs: Sequence[Path], prefix: Path, options: Sequence[str]) -> list[str]:
@@ -71,10 +75,10 @@ def kill_once(line: Sequence[str], delay: float, whole_group: bool) -> bool:
             process.wait()
 
 
-def disturbed(line: Sequence[str], prefix: Path, right: list[bytes | None], delays: Callable[[], float], group: bool) -> int:
+def disturbed(line: Sequence[str], prefix: Path, right: list[bytes | None], delays: Callable[[], float]) -> int:
     """One run, killed up to KILLS times; returns how often. Raises AssertionError if its result isn't the right one."""
     kills = 0
-    while kills < KILLS and not complete(prefix) and kill_once(line, delays(), group):
+    while kills < KILLS and not complete(prefix) and kill_once(line, delays(), kills % 2 == 0):
         kills += 1
         bin_bytes, idx_bytes, _ = outputs(prefix)
         assert bin_bytes in (None, right[0]) and idx_bytes in (None, right[1]), "something half-written is under the final name"
@@ -86,15 +90,17 @@ def disturbed(line: Sequence[str], prefix: Path, right: list[bytes | None], dela
 
 def kill_at_moments(folder: Path, moments: int, seed: int, options: Sequence[str] = (), documents: int = 600) -> int:
     """Kill at least so many times; returns how often. Raises AssertionError for the first thing that is wrong."""
-    inputs = corpus(folder, documents)
-    begun = time.monotonic()
-    subprocess.run(command(inputs, folder / "right", options), check=True, timeout=300)
-    length = time.monotonic() - begun
-    right, draw, kills, number = outputs(folder / "right"), random.Random(seed), 0, 0
+    kinds, right, length = corpus(folder, documents), {}, 0.0
+    for kind, inputs in kinds.items():
+        begun = time.monotonic()
+        subprocess.run(command(inputs, folder / kind, options), check=True, timeout=300)
+        length = max(length, time.monotonic() - begun)
+        right[kind] = outputs(folder / kind)
+    assert right["gz"][:2] == right["files"][:2], "the .gz gives other bytes than its files"
+    draw, kills, number = random.Random(seed), 0, 0
     while kills < moments:
-        prefix = folder / f"out{number}"
-        kills += disturbed(command(inputs, prefix, options), prefix, right, lambda: draw.uniform(0, length),
-                           number % 2 == 0)
+        prefix, kind = folder / f"out{number}", tuple(kinds)[number % 2]
+        kills += disturbed(command(kinds[kind], prefix, options), prefix, right[kind], lambda: draw.uniform(0, length))
         for path in folder.glob(f"out{number}.*"):
             path.unlink() if path.is_file() else None
         number += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.
 FLOAT_CODES = (6, 7)
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 CHUNK = 1 << 20  # entries of the .idx that are worked on at a time
+Pieces = Callable[[], Iterator[np.ndarray]]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -203,7 +204,7 @@ class IndexedWriter:
         self.bin_path.parent.mkdir(parents=True, exist_ok=True)
         self._bin = PartialFile(self.bin_path)
         self._lengths = array("i")
-        self._indices = array("q", [0])
+        self._counts = array("q")
         self.total_tokens = 0
 
     def add_document(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | None = None) -> None:
@@ -221,14 +222,14 @@ class IndexedWriter:
         """
         lengths, counts = np.asarray(lengths, np.int32), np.asarray(counts, np.int64)
         self._bin.file.write(self._convert(np.asarray(tokens)).tobytes())
-        self._indices.frombytes((len(self._lengths) + np.cumsum(counts)).tobytes())
+        self._counts.frombytes(counts.tobytes())
         self._lengths.frombytes(lengths.tobytes())
         self.total_tokens += len(tokens)
 
     @property
     def num_documents(self) -> int:
         """Documents added so far."""
-        return len(self._indices) - 1
+        return len(self._counts)
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -243,7 +244,8 @@ class IndexedWriter:
             self._bin.discard()
             raise
         try:
-            for chunk in self._index_bytes():
+            arrays = [np.frombuffer(values, values.typecode) for values in (self._lengths, self._counts)]
+            for chunk in index_bytes(self.dtype, *map(len, arrays), *map(in_pieces, arrays)):
                 idx.file.write(chunk)
             publish_pair(self._bin, idx)
         except BaseException:
@@ -259,16 +261,33 @@ class IndexedWriter:
                     raise DataError(f"{self.bin_path}: token id {token} doesn't fit {self.dtype} ({limits.min} to {limits.max})")
         return tokens.astype(self.dtype.newbyteorder("<"), copy=False)
 
-    def _index_bytes(self):
-        lengths = np.frombuffer(self._lengths, np.int32)
-        yield HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(self._indices))
-        yield lengths.astype("<i4", copy=False).tobytes()
-        start = 0
-        for low in range(0, len(lengths), CHUNK):
-            ends = start + np.cumsum(lengths[low:low + CHUNK], dtype=np.int64) * self.dtype.itemsize
-            yield np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes()
-            start = int(ends[-1])
-        yield np.frombuffer(self._indices, np.int64).astype("<i8", copy=False).tobytes()
+
+def in_pieces(values: np.ndarray) -> Pieces:
+    """An array, as index_bytes takes it."""
+    return lambda: (values[low:low + CHUNK] for low in range(0, len(values), CHUNK))
+
+
+def index_bytes(dtype: np.dtype, sequences: int, documents: int, lengths: Pieces, counts: Pieces,
+                modes: Pieces | None = None) -> Iterator[bytes]:
+    """The .idx, piece by piece: `lengths` gives the tokens of each sequence, `counts` the sequences of each document, `modes`
+    what each sequence is in a multimodal data set; each is called once or twice."""
+    yield HEADER.pack(MAGIC, VERSION, CODES[np.dtype(dtype).newbyteorder("=")], sequences, documents + 1)
+    for piece in lengths():
+        yield piece.astype("<i4").tobytes()
+    end = 0
+    for piece in lengths():
+        sizes = piece.astype(np.int64) * np.dtype(dtype).itemsize
+        ends = end + np.cumsum(sizes)
+        yield (ends - sizes).astype("<i8").tobytes()
+        end = int(ends[-1]) if len(ends) else end
+    yield np.zeros(1, "<i8").tobytes()
+    end = 0
+    for piece in counts():
+        ends = end + np.cumsum(piece, dtype=np.int64)
+        yield ends.astype("<i8").tobytes()
+        end = int(ends[-1]) if len(ends) else end
+    for piece in modes() if modes is not None else ():
+        yield piece.astype(np.int8).tobytes()
 
 
 def publish_pair(bin_file: PartialFile, idx_file: PartialFile) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .description import description_path
 from .errors import DataError
-from .indexed import CODES, HEADER, MAGIC, VERSION, IndexedReader, file_paths, publish_pair
+from .indexed import IndexedReader, file_paths, index_bytes, publish_pair
 from .publish import PartialFile
 
 DOCUMENTS = 1 << 16  # worked on at a time
@@ -102,32 +102,20 @@ def token_pieces(part: Part) -> Iterator[np.ndarray]:
 
 def index_pieces(parts: Sequence[Part]) -> Iterator[bytes]:
     """The .idx of the documents of all parts, piece by piece; each part's order is gone through four or five times."""
-    readers = [part.reader for part in parts]
-    item = readers[0].dtype.itemsize
-    documents = sum(len(piece) for part in parts for piece in part.documents())
-    sequences = sum(reader_count(part) for part in parts)
-    yield HEADER.pack(MAGIC, VERSION, CODES[np.dtype(readers[0].dtype.newbyteorder("="))], sequences, documents + 1)
-    for part in parts:
-        for numbers in part.sequences():
-            yield part.reader.lengths[numbers].astype("<i4").tobytes()
-    end = 0
-    for part in parts:
-        for numbers in part.sequences():
-            sizes = part.reader.lengths[numbers].astype(np.int64) * item
-            ends = end + np.cumsum(sizes)
-            yield (ends - sizes).astype("<i8").tobytes()
-            end = int(ends[-1]) if len(ends) else end
-    yield np.zeros(1, "<i8").tobytes()
-    end = 0
-    for part in parts:
-        for numbers in part.documents():
-            ends = end + np.cumsum(part.reader.document_indices[numbers + 1] - part.reader.document_indices[numbers])
-            yield ends.astype("<i8").tobytes()
-            end = int(ends[-1])
-    if readers[0].modes is not None:
+    first = parts[0].reader
+
+    def of_sequences(values: Callable[[IndexedReader], np.ndarray]) -> Iterator[np.ndarray]:
+        return (values(part.reader)[numbers] for part in parts for numbers in part.sequences())
+
+    def counts() -> Iterator[np.ndarray]:
         for part in parts:
-            for numbers in part.sequences():
-                yield part.reader.modes[numbers].tobytes()
+            indices = part.reader.document_indices
+            yield from (indices[numbers + 1] - indices[numbers] for numbers in part.documents())
+
+    documents = sum(len(piece) for part in parts for piece in part.documents())
+    modes = None if first.modes is None else lambda: of_sequences(lambda reader: reader.modes)
+    return index_bytes(first.dtype, sum(map(reader_count, parts)), documents,
+                       lambda: of_sequences(lambda reader: reader.lengths), counts, modes)
 
 
 def reader_count(part: Part) -> int:

@@ -17,8 +17,9 @@ from megalm.data.errors import DataError
 from megalm.data.indexed import IndexedReader
 from megalm.data.tokenizer import TokenizerSource
 from megalm.tools import preprocess
-from megalm.tools.preprocess.job import Job
-from megalm.tools.preprocess.pool import make_parts
+from megalm.tools.preprocess.job import Job, Worker
+from megalm.tools.preprocess.pool import Pool
+from megalm.tools.preprocess.tasks import Task
 from megalm.tools.preprocess.texts import Policy
 from tests.data.models import make_huggingface, make_sentencepiece
 
@@ -117,9 +118,9 @@ class Poison:
 
 
 def test_a_worker_that_dies(tmp_path):
-    job = Job(TokenizerSource("bytes"), Policy("text"), "<u2", str(tmp_path), ())
-    with pytest.raises(DataError, match="a worker process died"):
-        list(make_parts(iter([(0, Poison(), False)]), job, 2, None))
+    job = Job(TokenizerSource("bytes"), Policy("text"), "<u2", str(tmp_path), (), 1000)
+    with pytest.raises(DataError, match="a worker process died"), Pool(job, 2) as pool:
+        list(pool.make([Task(0, Poison())], Worker(job)))
 
 
 def test_invalid_lines_are_counted_and_the_first_are_shown(tmp_path, capsys):
@@ -127,7 +128,7 @@ def test_invalid_lines_are_counted_and_the_first_are_shown(tmp_path, capsys):
     path.write_text('{"text": "a"}\nbroken\n{"text": "b"}\n{"txt": "c"}\n' + "x\n" * 20)
     assert run("--input", path, "--output", tmp_path / "out", "--tokenizer", "bytes", "--skip-invalid") == 0
     out, err = capsys.readouterr()
-    assert read(tmp_path / "out") == [[97, 256], [98, 256]] and "; 22 invalid" in out
+    assert read(tmp_path / "out") == [[97, 256], [98, 256]] and "; 22 documents left out: invalid" in out
     assert err.splitlines()[0].startswith("skipped: ") and "line 2: not JSON" in err and len(err.splitlines()) == 10
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from megalm.data.indexed import IndexedReader
 from megalm.tools.kill_preprocess import outputs
 from megalm.tools.preprocess import merge
 from megalm.tools.preprocess.cleaning import EMAILS, SECRETS, Cleaner, Cleaning
-from megalm.tools.preprocess.duplicates import NearDuplicates, near_marks, shingles
+from megalm.tools.preprocess.duplicates import ExactDuplicates, NearDuplicates, near_marks, shingles, with_words
 from tests.tools.test_preprocess import json_lines, refused, run
 from tests.tools.test_preprocess_restart import stop_at
 
@@ -178,11 +177,36 @@ def test_report(tmp_path):
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_near_duplicates_grow():
-    kind = NearDuplicates(0.9)
-    kind.go_on(open(Path("/dev/null"), "r+b", buffering=0))  # noqa: SIM115
+def test_near_duplicates_grow(tmp_path):
+    """Part by part, and after a restart; 192 bytes each in memory."""
     rows = np.random.default_rng(0).integers(0, 1 << 31, (3000, 128)).astype("<u4")
-    assert kind.first(rows, np.ones(3000, bool)).all() and not kind.first(rows, np.ones(3000, bool)).any()
+    rows[7] = np.iinfo("<u4").max  # without a word
+    kind, everyone = NearDuplicates(0.9), np.ones(1000, bool)
+    with open(tmp_path / "near", "w+b", buffering=0) as file:
+        kind.go_on(file)
+        for low in range(0, 3000, 1000):
+            assert kind.first(rows[low:low + 1000], everyone).all()
+        for again in (kind, NearDuplicates(0.9)):
+            again.go_on(file) if again is not kind else None
+            mine = rows[np.random.default_rng(1).permutation(3000)]
+            mine[with_words(mine), :12] = 5  # 116 of 128 agree: 0.906
+            assert (again.first(mine, np.ones(3000, bool)) == ~with_words(mine)).all()
+        assert sum(array.nbytes for band in kind.bands for run in band.runs for array in run) == 192 * 2999
+
+
+def test_duplicates_within_and_across_parts(tmp_path):
+    """Against the sets of a plain loop; halves of marks that agree by chance don't count."""
+    marks, seen = np.random.default_rng(2).integers(0, 12, (900, 2)).astype("<u8"), set()
+    kind = ExactDuplicates()
+    with open(tmp_path / "exact", "w+b", buffering=0) as file:
+        kind.go_on(file)
+        for low in range(0, 900, 100):
+            candidates = np.arange(100) % 7 != 0
+            kept = kind.first(marks[low:low + 100], candidates)
+            for mark, candidate, stays in zip(map(tuple, marks[low:low + 100].tolist()), candidates, kept, strict=True):
+                assert stays == (candidate and mark not in seen)
+                seen.update([mark] if candidate else [])
+    assert len(seen) == 144
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -73,7 +73,7 @@ def test_many_bad_lines_are_counted_once(tmp_path, monkeypatch, capsys):
     path, opened = tmp_path / "a.jsonl", []
     path.write_text("x\n" * 300 + '{"text": "good"}\n')
     real = reading.open_stream
-    monkeypatch.setattr(reading, "open_stream", lambda source: (opened.append(1), real(source))[1])
+    monkeypatch.setattr(reading, "open_stream", lambda *names: (opened.append(1), real(*names))[1])
     assert run("--input", path, "--output", tmp_path / "out", *USUAL, "--skip-invalid") == 0
     assert texts(tmp_path / "out") == ["good"] and len(opened) == 2
     assert "a.jsonl, line 10: not JSON" in capsys.readouterr().err
@@ -196,11 +196,12 @@ def test_malformed_text(tmp_path, capsys):
     assert texts(tmp_path / "out") == ["good", "bad \ufffd\ufffd byte", "half \ufffd pair", "😀", "nan", "mark",
                                        "\ufffd\ufffd\ufffd"]
     out, err = capsys.readouterr()
-    assert "3 documents weren't UTF-8" in out and err.count("mended: ") == 3 and "skipped" not in err
+    assert "replaced in 3 documents" in out and err.count("mended: ") == 3 and "skipped" not in err
     assert run(*usual, "--encoding-errors", "drop") == 0
     assert texts(tmp_path / "out") == ["good", "😀", "nan", "mark"]
     out, err = capsys.readouterr()
-    assert "3 not UTF-8" in out and err.count("skipped: ") == 3 and "line 3: half a surrogate pair" in err
+    assert out.count("UTF-8") == 1 and "; 3 documents left out: not UTF-8" in out
+    assert err.count("skipped: ") == 3 and "line 3: half a surrogate pair" in err
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf\xff x")
     assert run("--input", tmp_path / "b.txt", *usual[2:], "--encoding-errors", "replace") == 0
     assert texts(tmp_path / "out") == ["\ufffd x"]

@@ -9,6 +9,7 @@ program, the same command goes on from what is done, which is kept in PREFIX.wor
     reading     bytes of documents                texts      JSON and UTF-8, and what is wrong with them
     backends    a reference and a fast tokenizer  checking   may the fast one be used
     encode      documents to arrays               job        the work on one piece
+    streams     compressed files, cut to pieces   tasks      what is still to be done
     parts       the file that a worker makes      pool       worker processes
     store       PREFIX.work                       merge      parts to one data set
     program     all of it, in order               report     counts

@@ -37,6 +37,11 @@ class Source:
         """Can a part of it be read from the middle of the file?"""
         return self.kind == "jsonl" and self.compression is None
 
+    @property
+    def streamed(self) -> bool:
+        """Is it lines that can be read only from the beginning on?"""
+        return self.kind == "jsonl" and self.compression is not None
+
     def check(self) -> None:
         """Raises DataError if the file isn't what it was."""
         try:
@@ -171,6 +176,19 @@ def make_units(sources: Sequence[Source], unit_bytes: int) -> list[Unit]:
             held.append(span)
             size += span.weight * magnification
     return [*units, tuple(held)] if held else units
+
+
+def stream_of(unit: Unit, sources: Sequence[Source]) -> Source | None:
+    """The compressed .jsonl that a unit is, if it is one: it is done in as many parts as its text is long."""
+    source = sources[unit[0].source]
+    return source if len(unit) == 1 and source.streamed else None
+
+
+def expected_parts(unit: Unit, sources: Sequence[Source], unit_bytes: int) -> int:
+    """The parts of a unit: one, or of a compressed file, whose text nobody has seen, about so many."""
+    if stream_of(unit, sources) is None:
+        return 1
+    return -(-unit[0].weight * MAGNIFICATION // unit_bytes)
 
 
 def describe(sources: Sequence[Source]) -> list[dict]:

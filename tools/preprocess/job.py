@@ -1,8 +1,10 @@
 """What a run is: everything that its output depends on, and the work on one piece of its input."""
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,11 +14,15 @@ from .backends import Backend, Reference, failure_of, fast_backend
 from .cleaning import Cleaner, Cleaning
 from .duplicates import exact_marks, near_marks
 from .encode import Documents, encode
-from .inputs import Source, Unit, span_hash
-from .parts import PartWriter
-from .reading import Chunk, read_chunks
+from .inputs import Source, span_hash, stream_of
+from .parts import PartWriter, part_path
+from .reading import Chunk, read_chunks, whole_lines
 from .sentences import split_sentences
+from .streams import TextStream
 from .texts import SHOWN, Found, Policy, texts_of
+
+if TYPE_CHECKING:
+    from .tasks import Task
 
 
 @dataclass(frozen=True)
@@ -28,18 +34,21 @@ class Job:
     dtype: str
     folder: str  # for the parts
     sources: tuple[Source, ...]
+    unit_bytes: int  # of the text of a compressed file that are a part
     append_eod: bool = True
     sentences: bool = False
+    verify: bool = False  # compare the fast backend with the reference on every document
+    cleaning: Cleaning = Cleaning()
     fast: bool = False  # the check has allowed the fast backend
     short: bool = False  # as fast_backend has it
-    verify: bool = False  # compare it with the reference on every document
-    cleaning: Cleaning = Cleaning()
 
 
 @dataclass
 class Counts(Found):
-    """What became of the documents of a piece; everything that the report adds up."""
+    """What became of the documents of a part; everything that the report adds up."""
 
+    last: bool = True  # of the parts of its unit
+    bytes_read: int = 0  # of the input files
     bytes_in: int = 0  # of the texts that were read
     changed: dict[str, int] = field(default_factory=dict)  # documents that a filter altered
     differences: list[str] = field(default_factory=list)  # documents of which the fast backend gives other ids
@@ -59,11 +68,27 @@ class Worker:
         self.split = split_sentences if job.sentences else None
         self.cleaner = Cleaner(job.cleaning) if job.cleaning.of_text else None
 
-    def __call__(self, number: int, unit: Unit) -> None:
-        """Write part `number`. Raises DataError for a document that can't be taken nor left out, OSError for a full disk."""
-        counts = Counts()
-        with PartWriter(Path(self.job.folder), number, self.dtype) as part:
-            for span in unit:
+    def __call__(self, task: Task) -> Iterator[None]:
+        """Write the parts of a task; it comes back after each.
+
+        Raises DataError for a document that can't be taken nor left out, OSError for a full disk.
+        """
+        source = stream_of(task.unit, self.job.sources)
+        if source is None:
+            self._unit(task)
+        elif task.piece is None:
+            yield from self._stream(task, source)
+        else:
+            piece, path = task.piece, Path(task.piece.path)
+            with open(path, "rb", buffering=0) as text:
+                self._lines(task, piece.number, text, piece.first, lambda: (piece.last, piece.digest, piece.bytes_read))
+            path.unlink()
+        yield
+
+    def _unit(self, task: Task) -> None:
+        counts = Counts(bytes_read=sum(span.weight for span in task.unit))
+        with PartWriter(part_path(self.job.folder, task.number), self.dtype) as part:
+            for span in task.unit:
                 source = self.job.sources[span.source]
                 source.check()
                 for chunk in read_chunks(source, span, self.job.policy.field):
@@ -73,12 +98,32 @@ class Worker:
                 source.check()
             part.finish(asdict(counts))
 
+    def _stream(self, task: Task, source: Source) -> Iterator[None]:
+        """A compressed file, all of whose parts are made here."""
+        with TextStream(source, self.job.unit_bytes) as text:
+            for number in text.pieces():
+                if number not in task.done:
+                    self._lines(task, number, text, text.first, text.end)
+                    yield
+
+    def _lines(self, task: Task, number: int, text, first: int, end: Callable[[], tuple[bool, str, int]]) -> None:
+        """One part of a compressed file: `text` is read to its end, and then `end` says what TextStream's does."""
+        counts, source = Counts(), task.unit[0].source
+        with PartWriter(part_path(self.job.folder, task.number, number), self.dtype) as part:
+            for offset, lines in whole_lines(text, 0, None):
+                self._chunk(Chunk(self.job.sources[source], lines, first + offset), counts, part)
+            counts.last, digest, counts.bytes_read = end()
+            counts.hashes += [(source, digest)] if counts.last else []
+            part.finish(asdict(counts))
+
     def _chunk(self, chunk: Chunk, counts: Counts, part: PartWriter) -> None:
         texts, places = texts_of(chunk, self.job.policy, counts)
-        counts.bytes_in += sum(map(utf8_size, texts))
+        chunk.let_go()
+        sizes = utf8_sizes(texts)
+        counts.bytes_in += int(sizes.sum())
         if self.cleaner is not None:
             texts, places = self._clean(texts, places, counts)
-        sizes = np.fromiter(map(utf8_size, texts), np.int64, len(texts))
+            sizes = utf8_sizes(texts)
         documents = self._encode(texts, chunk, places, counts)
         cleaning, marks = self.job.cleaning, {}
         if cleaning.of_tokens:
@@ -89,7 +134,7 @@ class Worker:
             marks["exact"] = exact_marks(texts)
         if cleaning.near_duplicates is not None:
             marks["near"] = near_marks(texts)
-        part.add(documents.tokens, lengths=documents.lengths, counts=documents.counts, sizes=sizes, **marks)
+        part.add(documents.pieces(), lengths=documents.lengths, counts=documents.counts, sizes=sizes, **marks)
 
     def _clean(self, texts: list[str], places: list[int], counts: Counts) -> tuple[list[str], list[int]]:
         kept_texts, kept_places = [], []
@@ -139,6 +184,11 @@ def different(documents: Documents, right: Documents) -> list[int]:
         return []
     theirs, ours = (np.split(d.tokens, np.cumsum(d.document_lengths())[:-1]) for d in (documents, right))
     return [place for place, pair in enumerate(zip(theirs, ours, strict=True)) if not np.array_equal(*pair)]
+
+
+def utf8_sizes(texts: Sequence[str]) -> np.ndarray:
+    """Bytes of each text, int64 [texts]."""
+    return np.fromiter(map(utf8_size, texts), np.int64, len(texts))
 
 
 def utf8_size(text: str) -> int:

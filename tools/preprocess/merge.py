@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from megalm.data.errors import DataError
-from megalm.data.indexed import CODES, HEADER, MAGIC, VERSION, file_paths
+from megalm.data.indexed import CHUNK, file_paths, index_bytes
 from megalm.data.publish import sync_folder, write_atomically
 
 from .cleaning import Cleaning
-from .duplicates import wanted
-from .parts import Part, part_path
+from .duplicates import append, wanted
+from .parts import SUFFIX, Part, Place, is_whole, part_path, place_of
 from .report import Totals
 from .store import Work
 
 EVERY = 5.0  # seconds between notes of the state
 COPY = 1 << 26
-ENTRIES = 1 << 20  # of the .idx at a time
 FILES = ("tokens", "lengths", "counts")
 
 
@@ -30,18 +29,22 @@ class Merger:
     def __init__(self, work: Work, dtype: np.dtype, cleaning: Cleaning):
         """Not for a complete run, whose files may be published already. Raises DataError for files that lack what was noted."""
         self.work, self.dtype = work, dtype
-        state = work.state() or {"merged": 0, "files": {}, "totals": {}}
-        self.merged, self.totals = state["merged"], Totals.load(state["totals"])
+        state = work.state() or {"next": (0, 0), "files": {}, "totals": {}}
+        self.next, self.totals = tuple(state["next"]), Totals.load(state["totals"])  # unit and number of the next part
         self.files = {name: self._open(name, state["files"].get(name, 0)) for name in FILES}
         self.duplicates = wanted(cleaning)
         for kind in self.duplicates:
             kind.go_on(self._open(kind.name, state["files"].get(kind.name, 0)))
             self.files[kind.name] = kind.file
-        self.noted, self.noted_at = self.merged, time.monotonic()
+        self.taken: list[Path] = []  # since the last note
+        self.noted_at = time.monotonic()
         self.broken = False
-        for path in work.folder.glob("*.part"):
-            if int(path.stem) < self.merged:
+        self.made: set[Place] = set()  # already, by an earlier run
+        for path in work.folder.glob(f"*{SUFFIX}"):
+            if place_of(path) < self.next or not is_whole(path):
                 path.unlink()
+            else:
+                self.made.add(place_of(path))
 
     def _open(self, name: str, size: int):
         path = self.work.folder / name
@@ -53,10 +56,14 @@ class Merger:
         file.seek(size)
         return file
 
-    def add(self) -> None:
+    def add_all(self) -> Iterator[int]:
+        """Take in all parts that are there, as far as none is missing; comes back after each with the bytes of input it is of."""
+        while (path := part_path(self.work.folder, *self.next)).exists():
+            yield self.add(Part(path))
+
+    def add(self, part: Part) -> int:
         """Take in the next part. Where that fails, some of it may be in the files and the counts: `broken`, never to be noted."""
         self.broken = True
-        part = Part(part_path(self.work.folder, self.merged))
         lengths, counts, sizes = part.array("lengths"), part.array("counts"), part.array("sizes")
         kept = self._kept(part, sizes)
         if kept is None or kept.all():
@@ -64,13 +71,15 @@ class Merger:
         else:
             copy_bytes(part.path, self._ranges(kept, lengths, counts), self.files["tokens"])
             lengths, counts, sizes = lengths[np.repeat(kept, counts)], counts[kept], sizes[kept]
-        write_all(self.files["lengths"], lengths)
-        write_all(self.files["counts"], counts)
+        append(self.files["lengths"], lengths)
+        append(self.files["counts"], counts)
         self.totals.add(part, lengths, counts, sizes)
-        self.merged += 1
+        self.taken.append(part.path)
+        self.next = (self.next[0] + 1, 0) if part.counts["last"] else (self.next[0], self.next[1] + 1)
         self.broken = False
         if time.monotonic() - self.noted_at > EVERY:
             self.note()
+        return part.counts["bytes_read"]
 
     def _ranges(self, kept: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
         """(first byte, byte behind the last) of each run of documents that are kept: no token need be in memory."""
@@ -92,22 +101,15 @@ class Merger:
         """Bring what was appended to the disk, say so, and remove the parts that are in."""
         for file in self.files.values():
             os.fsync(file.fileno())
-        self.work.save({"merged": self.merged, "totals": self.totals.dump(),
+        self.work.save({"next": self.next, "totals": self.totals.dump(),
                         "files": {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}})
-        for number in range(self.noted, self.merged):
-            part_path(self.work.folder, number).unlink(missing_ok=True)
-        self.noted, self.noted_at = self.merged, time.monotonic()
+        for path in self.taken:
+            path.unlink(missing_ok=True)
+        self.taken, self.noted_at = [], time.monotonic()
 
     def close(self) -> None:
         for file in self.files.values():
             file.close()
-
-
-def write_all(file, array: np.ndarray) -> None:
-    """Append an array to an unbuffered file. Raises OSError for a full disk."""
-    rest = memoryview(array.tobytes())
-    while rest:
-        rest = rest[file.write(rest):]
 
 
 def copy_bytes(path: Path, ranges: Sequence[tuple[int, int]], target) -> None:
@@ -118,34 +120,22 @@ def copy_bytes(path: Path, ranges: Sequence[tuple[int, int]], target) -> None:
                 offset += os.sendfile(target.fileno(), source.fileno(), offset, min(COPY, end - offset))
 
 
-def index_bytes(folder: Path, dtype: np.dtype) -> Iterator[bytes]:
+def index_of(folder: Path, dtype: np.dtype) -> Iterator[bytes]:
     """The .idx, from the files `lengths` and `counts`, in bounded memory."""
-    sizes = {name: (folder / name).stat().st_size // 4 for name in ("lengths", "counts")}
-    yield HEADER.pack(MAGIC, VERSION, CODES[dtype], sizes["lengths"], sizes["counts"] + 1)
-    yield from (piece.tobytes() for piece in pieces(folder / "lengths"))
-    yield from sums(folder / "lengths", dtype.itemsize)
-    yield from sums(folder / "counts", 1)
-    yield np.int64(sum(int(piece.sum(dtype=np.int64)) for piece in pieces(folder / "counts"))).astype("<i8").tobytes()
+    lengths, counts = folder / "lengths", folder / "counts"
+    return index_bytes(dtype, *(path.stat().st_size // 4 for path in (lengths, counts)),
+                       lambda: pieces(lengths), lambda: pieces(counts))
 
 
 def pieces(path: Path) -> Iterator[np.ndarray]:
     with open(path, "rb") as file:
-        while len(piece := np.fromfile(file, "<i4", ENTRIES)):
+        while len(piece := np.fromfile(file, "<i4", CHUNK)):
             yield piece
-
-
-def sums(path: Path, factor: int) -> Iterator[bytes]:
-    """The sum of what is before each entry, times a factor, int64."""
-    start = 0
-    for piece in pieces(path):
-        ends = start + np.cumsum(piece, dtype=np.int64) * factor
-        yield np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes()
-        start = int(ends[-1])
 
 
 def prepare(work: Work, dtype: np.dtype, description: bytes) -> None:
     """Make the .idx and the description in the work folder, and note that all is there to be renamed."""
-    write_atomically(work.folder / "index", index_bytes(work.folder, dtype))
+    write_atomically(work.folder / "index", index_of(work.folder, dtype))
     write_atomically(work.folder / "description", [description])
     work.save({**work.state(), "complete": True})
 

@@ -23,10 +23,10 @@ def cleaning(result: Parser) -> None:
     add("--max-characters", type=positive, metavar="N", help="leave out longer documents")
     add("--min-tokens", type=positive, default=0, metavar="N", help="leave out shorter documents; the end of document counts")
     add("--max-tokens", type=positive, metavar="N", help="leave out longer documents")
-    add("--deduplicate", action="store_true", help="leave out documents that came before (100 bytes of memory for each other)")
+    add("--deduplicate", action="store_true", help="leave out documents that came before (16 bytes of memory for each other)")
     add("--near-duplicates", type=share, nargs="?", const=0.8, metavar="SIMILARITY",
         help="leave out documents that share so much of their runs of five words with an earlier one: MinHash's estimate (0.8; "
-             "3 kB of memory for each other)")
+             "for each other 200 bytes of memory and 512 of disk; of a text of more than 4 million characters the head counts)")
     add("--report", metavar="FILE.json", help="what came in, went out and why; beside it a table (.txt) and the lengths (.png)")
 
 
@@ -48,7 +48,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("--input", nargs="+", required=True, metavar="NAME",
         help=".jsonl (one object a line), .txt (one document a file), either with .gz or .zst, .parquet; files, folders, globs, "
-             "- for JSON lines on standard input")
+             "- for JSON lines, compressed or not, on standard input")
     add("--output", required=True, metavar="PREFIX", help="data/wiki writes data/wiki.bin, .idx and .data.json")
     add("--tokenizer", required=True, metavar="PATH|bytes", help="a sentencepiece .model, a tokenizer.json, or the word bytes")
     add("--tokenizer-type", choices=TYPES, help="where the path doesn't say it")
@@ -60,8 +60,7 @@ def parser() -> Parser:
     add("--split-sentences", action="store_true", help="each sentence is a sequence of its document, for data of BERT's kind")
     add("--workers", type=positive, default=1, metavar="N", help="processes; the output doesn't depend on it (1)")
     add("--piece-bytes", type=positive, default=64 << 20, metavar="N",
-        help="of input that a worker does at a time: what is done again, for each, after a stop (67108864); a compressed file is "
-             "done by one worker, as a whole: many are better than a large one")
+        help="of text that a worker does at a time: what is done again, for each, after a stop (67108864)")
     add("--check-documents", type=int, default=2000, metavar="N",
         help="the fast tokenizer is used if it gives the ids of the reference on N documents of the corpus, the longest and "
              "strangest of 64 places among them (2000; parts stand for very long ones); 0: the reference tokenizes")

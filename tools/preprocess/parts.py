@@ -1,7 +1,8 @@
 """What a worker makes of a piece of the input: one file that appears whole or not at all.
 
 Layout: the tokens, then further arrays, then a JSON object, then its length in bytes (u64). The object has the counts of the
-piece, and for each array its dtype, its place and its bytes.
+piece, and for each array its dtype, its place and its bytes. A part that is taken in soon is never brought to the disk: it holds
+the number of the boot under which it was made, and behind a power cut it is made again.
 """
 from __future__ import annotations
 
@@ -9,23 +10,41 @@ import contextlib
 import json
 import os
 import struct
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 FOOTER = struct.Struct("<Q")
 BUFFER = 1 << 22
+SUFFIX = ".part"
+Place = tuple[int, int]  # of a part: its unit, and its number in it
 
 
-def part_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:08d}.part"
+def part_path(folder: Path | str, unit: int, part: int = 0) -> Path:
+    """Part number `part` of a unit."""
+    return Path(folder, f"{unit:08d}-{part:06d}{SUFFIX}")
+
+
+def place_of(path: Path) -> Place:
+    unit, part = path.name.removesuffix(SUFFIX).split("-")
+    return int(unit), int(part)
+
+
+@lru_cache(maxsize=1)
+def boot() -> str:
+    """What Linux calls this run of the machine; "" where nobody knows."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 class PartWriter:
     """Used as a context: the part appears when `finish` was called, and nothing stays of it when the context is left without."""
 
-    def __init__(self, folder: Path, number: int, dtype: np.dtype):
-        self.path, self.dtype = part_path(folder, number), dtype
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype = path, dtype
         self.partial = self.path.with_suffix(f".{os.getpid()}.partial")
         self.arrays: dict[str, list[np.ndarray]] = {}
         self.bytes = 0
@@ -39,15 +58,16 @@ class PartWriter:
             self.file.close()
         self.partial.unlink(missing_ok=True)
 
-    def add(self, tokens: np.ndarray, **arrays: np.ndarray) -> None:
-        """More tokens, written at once, and more of the other arrays, kept until the end."""
-        self.file.write(memoryview(np.ascontiguousarray(tokens.astype(self.dtype.newbyteorder("<"), copy=False))).cast("B"))
-        self.bytes += tokens.nbytes
+    def add(self, tokens: Iterable[np.ndarray], **arrays: np.ndarray) -> None:
+        """More tokens, in pieces, written at once, and more of the other arrays, kept until the end."""
+        for piece in tokens:
+            self.file.write(memoryview(np.ascontiguousarray(piece, self.dtype.newbyteorder("<"))).cast("B"))
+            self.bytes += piece.nbytes
         for name, array in arrays.items():
             self.arrays.setdefault(name, []).append(array)
 
     def finish(self, counts: dict) -> None:
-        """Write the rest, bring it to the disk and give the part its name."""
+        """Write the rest, and give the part its name."""
         places = {"tokens": (self.dtype.str, 0, self.bytes)}
         offset = self.bytes
         for name, pieces in self.arrays.items():
@@ -55,11 +75,20 @@ class PartWriter:
             self.file.write(whole.tobytes())
             places[name] = (whole.dtype.str, offset, whole.nbytes)
             offset += whole.nbytes
-        footer = json.dumps({"counts": counts, "arrays": places}).encode()
+        footer = json.dumps({"counts": counts, "arrays": places, "boot": boot()}).encode()
         self.file.write(footer + FOOTER.pack(len(footer)))
         self.file.flush()
-        os.fsync(self.file.fileno())
+        if not boot():
+            os.fsync(self.file.fileno())
         os.replace(self.partial, self.path)
+
+
+def is_whole(path: Path) -> bool:
+    """Is a part all there, after whatever has happened to the machine?"""
+    try:
+        return Part(path).boot in ("", boot())
+    except (OSError, ValueError, KeyError, struct.error):
+        return False
 
 
 class Part:
@@ -72,7 +101,7 @@ class Part:
             (size,) = FOOTER.unpack(file.read(FOOTER.size))
             file.seek(end - size)
             footer = json.loads(file.read(size))
-        self.counts, self.places = footer["counts"], footer["arrays"]
+        self.counts, self.places, self.boot = footer["counts"], footer["arrays"], footer["boot"]
 
     @property
     def token_bytes(self) -> int:

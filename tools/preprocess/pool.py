@@ -8,33 +8,45 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 
 from megalm.data.errors import DataError
+from megalm.data.tokenizer import Tokenizer, load_tokenizer
 
-from .inputs import Unit
 from .job import Job, Worker
+from .tasks import Task
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-AHEAD = 3  # units a worker that may be done before the one that is waited for
+AHEAD = 3  # tasks a worker that may be done before the one that is waited for
+MOMENT = 0.5  # seconds between looks at the parts that are there
 
 
 class _InWorker:
-    """The worker of a process, made by the pool's initializer."""
+    """What a process works with, made by the pool's initializer."""
 
-    worker: Worker
+    job: Job
+    tokenizer: Tokenizer
+    worker: Worker | None = None
 
     @classmethod
     def start(cls, job: Job, parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before: nobody would send the signal
             os._exit(1)
-        cls.worker = Worker(job)
+        cls.job, cls.tokenizer = job, load_tokenizer(job.tokenizer)
 
     @classmethod
-    def make(cls, number: int, unit: Unit) -> None:
-        cls.worker(number, unit)
+    def ready(cls) -> None:
+        """Nothing: a process starts when there is something to do."""
+
+    @classmethod
+    def make(cls, task: Task, fast: bool, short: bool) -> None:
+        if cls.worker is None:
+            cls.worker = Worker(replace(cls.job, fast=fast, short=short), cls.tokenizer)
+        for _ in cls.worker(task):
+            pass
 
 
 @contextlib.contextmanager
@@ -53,37 +65,64 @@ def _without_interrupts() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def make_parts(units: Iterable[tuple[int, Unit, bool]], job: Job, workers: int, own: Worker) -> Iterator[int]:
-    """Make the part of every (number, unit, made already); yields the numbers in order, each when its part is there.
+class Pool:
+    """So many processes for the parts of a job, of which `fast` and `short` needn't be known yet: they start while that is found
+    out. A single one is this process. Used as a context."""
 
-    A single worker is this process, with `own`. Raises what a worker raised, DataError if one dies.
-    """
-    if workers <= 1:
-        for number, unit, made in units:
-            if not made:
-                own(number, unit)
-            yield number
-        return
-    context = multiprocessing.get_context("spawn")  # the tokenizers' own threads don't survive a fork
-    with ProcessPoolExecutor(workers, context, _InWorker.start, (job, os.getpid())) as pool:
-        pending: deque = deque()
+    def __init__(self, job: Job, workers: int):
+        self.job, self.workers = job, workers
+        self.executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Pool:
+        if self.workers > 1:
+            context = multiprocessing.get_context("spawn")  # the tokenizers' own threads don't survive a fork
+            self.executor = ProcessPoolExecutor(self.workers, context, _InWorker.start, (self.job, os.getpid()))
+            try:
+                for _ in range(self.workers):
+                    self._submit(_InWorker.ready)
+            except BaseException:  # a Ctrl-C: this context is never left
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, *call) -> Future:
+        with _without_interrupts():
+            return self.executor.submit(*call)
+
+    def make(self, tasks: Iterable[Task], own: Worker) -> Iterator[None]:
+        """Do all tasks; comes back when there may be new parts, the last time when all are there.
+
+        `own` has the whole job, and does the tasks if this process is the only one. Raises what a worker raised, DataError if
+        one dies.
+        """
+        if self.executor is None:
+            for task in tasks:
+                yield from own(task)
+        else:
+            yield from self._make(tasks, own.job.fast, own.job.short)
+        yield
+
+    def _make(self, tasks: Iterable[Task], fast: bool, short: bool) -> Iterator[None]:
+        pending: deque[Future] = deque()
         try:
-            for number, unit, made in units:
-                with _without_interrupts():
-                    pending.append((number, None if made else pool.submit(_InWorker.make, number, unit)))
-                while len(pending) >= AHEAD * workers:
-                    yield finished(*pending.popleft())
+            for task in tasks:
+                pending.append(self._submit(_InWorker.make, task, fast, short))
+                while len(pending) >= AHEAD * self.workers:
+                    await_first(pending)
+                    yield
             while pending:
-                yield finished(*pending.popleft())
+                await_first(pending)
+                yield
         except BrokenProcessPool as error:
             raise DataError("a worker process died, perhaps for want of memory; the same command goes on, with fewer --workers "
                             "if you like") from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def finished(number: int, future) -> int:
-    """The number of a part, when it is there."""
-    if future is not None:
-        future.result()
-    return number
+def await_first(pending: deque[Future]) -> None:
+    """Wait a moment for the first, which goes when it is done. Raises what it raised."""
+    if wait([pending[0]], MOMENT).done:
+        pending.popleft().result()

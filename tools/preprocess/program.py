@@ -14,6 +14,8 @@ from megalm.data.description import FORMAT, description_path, tokenizer_identity
 from megalm.data.errors import DataError
 from megalm.data.indexed import file_paths, refuse_existing, token_dtype
 from megalm.data.tokenizer import Tokenizer, TokenizerSource, guess_source, load_tokenizer
+from megalm.tools._command import counted
+from megalm.tools._progress import Progress
 
 from .backends import Backend, Reference, failure_of, fast_backend
 from .checking import corpus_samples, first_difference, strange_samples
@@ -21,11 +23,11 @@ from .cleaning import Cleaning
 from .inputs import Source, Unit, describe, file_hash, find_sources, make_units
 from .job import Job, Worker
 from .merge import Merger, prepare, publish
-from .parts import part_path
-from .pool import make_parts
-from .report import Progress, Totals, show_problems, summary
+from .pool import Pool
+from .report import Totals, show_problems, summary
 from .report_files import check_report, report_paths, write_report
 from .store import Work
+from .tasks import most_workers, remaining
 from .texts import Policy
 
 SHORT = 500  # characters, that a text has in the mean
@@ -73,16 +75,19 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
     units = make_units(sources, arguments.piece_bytes)
     policy = Policy(arguments.field, arguments.encoding_errors, arguments.skip_invalid)
     state = work.state() or {}
-    progress = Progress(sum(map(weight, units)), sum(map(weight, units[:state.get("merged", 0)])), arguments.quiet)
+    progress = Progress("preprocess", sum(source.size for source in sources), arguments.quiet,
+                        state.get("totals", {}).get("bytes_read", 0))
     if goes_on and not arguments.quiet:
-        print(f"going on: {progress.before / progress.total:.0%} was done", file=sys.stderr)
+        print(f"going on: {progress.before / max(1, progress.total):.0%} was done", file=sys.stderr)
     if state.get("complete"):  # some of its files may have their final names already: only to be renamed
         totals, name = Totals.load(state["totals"]), "an earlier run"
     else:
-        fast, short, name = choose(arguments, tokenizer, sources, units, policy)
-        job = Job(source, policy, dtype.str, str(work.folder), tuple(sources), arguments.append_eod, arguments.split_sentences,
-                  fast is not None, short, arguments.verify, cleaning_of(arguments))
-        totals = make_all(units, Worker(job, tokenizer, fast), arguments.workers, work, progress)
+        job = Job(source, policy, dtype.str, str(work.folder), tuple(sources), arguments.piece_bytes, arguments.append_eod,
+                  arguments.split_sentences, arguments.verify, cleaning_of(arguments))
+        with Pool(job, most_workers(units, job, state.get("next", (0, 0)), arguments.workers)) as pool:
+            fast, short, name = choose(arguments, tokenizer, sources, units, policy)
+            worker = Worker(replace(job, fast=fast is not None, short=short), tokenizer, fast)
+            totals = make_all(units, worker, pool, work, progress)
         if not totals.tokens:
             work.clear()
             raise nothing(totals, arguments)
@@ -125,10 +130,6 @@ def cleaning_of(arguments: argparse.Namespace) -> Cleaning:
     return wish
 
 
-def weight(unit: Unit) -> int:
-    return sum(span.weight for span in unit)
-
-
 def choose(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequence[Source], units: Sequence[Unit],
            policy: Policy) -> tuple[Backend | None, bool, str]:
     """(the fast tokenizer if it may be used, are texts short, the name of what is used); says why not, where there is one."""
@@ -144,32 +145,33 @@ def choose(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequenc
         if tokenizer.type != "bytes" and not arguments.quiet:
             print(f"tokenizing at {reference.name}'s own speed: {why}", file=sys.stderr)
         return None, False, reference.name
-    samples += strange_samples(tokenizer)
+    strange = strange_samples(tokenizer)
     try:
-        difference = first_difference(samples, fast, reference)
+        difference = first_difference([*samples, *strange], fast, reference)
     except BaseException as error:
         if (why := failure_of(error)) is None:
             raise
         difference = f"nothing: it fails ({why})"
     if difference is None:
-        return fast, short, f"{fast.name} (equal to {reference.name} on {len(samples):,} documents)"
+        return fast, short, (f"{fast.name} (equal to {reference.name} on {counted(len(samples), 'document')} of these and "
+                             f"{counted(len(strange), 'strange text')})")
     print(f"tokenizing at {reference.name}'s own speed: {fast.name} gives other ids for {difference}", file=sys.stderr)
     return None, False, reference.name
 
 
-def make_all(units: Sequence[Unit], worker: Worker, workers: int, work: Work, progress: Progress) -> Totals:
+def make_all(units: Sequence[Unit], worker: Worker, pool: Pool, work: Work, progress: Progress) -> Totals:
     """Make the parts that aren't there yet and take all in, in order."""
     merger = Merger(work, worker.dtype, worker.job.cleaning)
-    todo = ((number, unit, part_path(work.folder, number).exists())
-            for number, unit in enumerate(units) if number >= merger.merged)
+    tasks = remaining(units, worker.job, merger.next, merger.made, pool.workers)
     try:
-        for number in make_parts(todo, worker.job, min(workers, max(1, len(units) - merger.merged)), worker):
-            merger.add()
-            progress.add(weight(units[number]))
+        with progress:
+            for _ in pool.make(tasks, worker):
+                for size in merger.add_all():
+                    progress.add(size)
+        assert merger.next == (len(units), 0), f"parts are missing from {merger.next} on, of {len(units)} units"
     finally:
-        progress.close()
         try:
-            if merger.merged > merger.noted and not merger.broken:
+            if merger.taken and not merger.broken:
                 merger.note()
         finally:
             merger.close()
@@ -180,8 +182,7 @@ def nothing(totals: Totals, arguments: argparse.Namespace) -> DataError:
     """The error where there isn't a single token."""
     left_out = sum(documents for documents, _ in totals.reasons.values())
     names = ", ".join(arguments.input[:4])
-    return DataError(f"no text in {names}: {totals.documents} documents, all empty, "
-                     f"and {left_out} left out")
+    return DataError(f"no text in {names}: {counted(totals.documents, 'document')}, all empty, and {left_out:,} left out")
 
 
 def description(run: dict, totals: Totals, sources: Sequence[Source], units: Sequence[Unit]) -> bytes:

@@ -1,6 +1,7 @@
 """Documents from a part of an input file, as bytes of JSON or of text, in chunks of about a megabyte."""
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import zlib
@@ -25,6 +26,12 @@ class Chunk:
     raw: list[bytes]
     first: int
     before: int | None = None  # lines, once they were counted
+    sizes: list[int] | None = None  # of what was let go
+
+    def let_go(self) -> None:
+        """Forget the bytes, which may be 1 GB, but not where the documents are; whoever else has the list loses them too."""
+        self.sizes = [len(raw or b"") for raw in self.raw]
+        self.raw.clear()
 
     def where(self, place: int) -> str:
         """The file and the line of a document, for a message; lines are counted only now, and only near the beginning."""
@@ -33,7 +40,8 @@ class Chunk:
         if self.source.kind == "txt":
             return self.source.name
         if self.first > COUNTED:
-            return f"{self.source.name}, the line at byte {self.first + sum(len(line) + 1 for line in self.raw[:place])}"
+            sizes = [len(line) for line in self.raw[:place]] if self.sizes is None else self.sizes[:place]
+            return f"{self.source.name}, the line at byte {self.first + sum(sizes) + place}"
         if self.before is None:
             with open_stream(self.source) as stream:
                 self.before, left = 0, self.first
@@ -43,28 +51,37 @@ class Chunk:
         return f"{self.source.name}, line {self.before + place + 1}"
 
 
-def open_stream(source: Source):
-    """The bytes of a source, decompressed."""
+def open_stream(source: Source, file=None):
+    """The bytes of a source, decompressed; `file`: what to read the compressed ones with, instead of the file of that name."""
     if source.compression == "gz":
-        return gzip.open(source.path, "rb")
+        return gzip.GzipFile(fileobj=file, mode="rb") if file is not None else gzip.open(source.path, "rb")
     if source.compression == "zst":
-        return ZstdStream(source.path)
+        return ZstdStream(source.path, file)
     return open(source.path, "rb", buffering=0)
+
+
+@contextlib.contextmanager
+def naming_damage(source: Source) -> Iterator[None]:
+    """Raises DataError for what reading finds wrong with a .gz (a .zst's reader does)."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"input {source.path}: damaged .gz: {error}") from error
 
 
 class ZstdStream:
     """Reads a .zst file of one or more frames; zstandard's own reader takes a file that is cut short for a whole one."""
 
-    def __init__(self, path: str):
-        """Raises DataError without the zstandard package."""
+    def __init__(self, path: str, file=None):
+        """`file`: as open_stream has it. Raises DataError without the zstandard package."""
         try:
             import zstandard
         except ImportError:
             raise DataError(f"input {path}: .zst needs the zstandard package: pip install 'megalm[corpus]'") from None
         self.library, self.path = zstandard, path
-        self.file = io.FileIO(path)
+        self.file = file or io.FileIO(path)
         self.frame = None
-        self.held = b""
+        self.held = memoryview(b"")
 
     def read(self, size: int = -1) -> bytes:
         """At most `size` bytes; b"" at the end. Raises DataError for what isn't zstd or is cut short."""
@@ -76,8 +93,8 @@ class ZstdStream:
                 if self.frame is not None and not self.frame.eof:
                     raise DataError(f"input {self.path}: damaged .zst: it is cut short")
                 return b""
-            self.held = b"".join(self._decompress(data))
-        out, self.held = self.held[:size], self.held[size:]
+            self.held = memoryview(b"".join(self._decompress(data)))
+        out, self.held = bytes(self.held[:size]), self.held[size:]
         return out
 
     def _decompress(self, data: bytes) -> Iterator[bytes]:
@@ -94,6 +111,9 @@ class ZstdStream:
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.file.close()
 
 
@@ -118,15 +138,12 @@ def read_chunks(source: Source, span: Span, field: str, most: int | None = None)
     if source.kind == "parquet":
         yield from parquet_rows(source, span, field)
         return
-    try:
-        with open_stream(source) as stream:
-            if source.kind == "txt":
-                yield Chunk(source, [stream.read() if most is None else whole_letters(stream.read(most + 1), most)], 0)
-            else:
-                for first, lines in whole_lines(stream, span.start, None if source.compression else span.end):
-                    yield Chunk(source, lines, first)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"input {source.path}: damaged .gz: {error}") from error
+    with naming_damage(source), open_stream(source) as stream:
+        if source.kind == "txt":
+            yield Chunk(source, [stream.read() if most is None else whole_letters(stream.read(most + 1), most)], 0)
+        else:
+            for first, lines in whole_lines(stream, span.start, None if source.compression else span.end):
+                yield Chunk(source, lines, first)
 
 
 def whole_letters(data: bytes, most: int) -> bytes:
@@ -159,7 +176,9 @@ def whole_lines(stream, start: int, end: int | None) -> Iterator[tuple[int, list
         if text.endswith(b"\n"):
             lines.pop()
         del text, block  # a line may have 1 GB
-        yield position, lines if end is None or position + size <= end else begin_before(lines, end - position)
+        if end is not None and position + size > end:
+            lines = begin_before(lines, end - position)
+        yield position, lines
         position += size
         if last:
             return

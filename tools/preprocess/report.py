@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
+
+from megalm.tools._command import counted
+from megalm.tools._progress import Progress
 
 from .parts import Part
 
@@ -17,6 +19,7 @@ BINS = 40  # of the histogram: documents of [2^i, 2^(i+1)) tokens
 class Totals:
     """Sums over parts. `reasons`: {why: [documents, bytes of text]} of what was left out."""
 
+    bytes_read: int = 0  # of the input files
     documents_in: int = 0
     bytes_in: int = 0
     documents: int = 0
@@ -49,6 +52,7 @@ class Totals:
     def add(self, part: Part, lengths: np.ndarray, counts: np.ndarray, sizes: np.ndarray) -> None:
         """Count a part: lengths of its sequences, sequences and bytes of text of its documents, of those that stay."""
         made = part.counts
+        self.bytes_read += made["bytes_read"]
         self.documents_in += made["documents_in"]
         self.bytes_in += made["bytes_in"]
         self.malformed += made["malformed"]
@@ -74,45 +78,22 @@ class Totals:
         self.histogram = [was + int(more) for was, more in zip(self.histogram, bins, strict=True)]
 
 
-class Progress:
-    """The line that a terminal shows meanwhile, and the speed at the end."""
-
-    def __init__(self, total: int, done: int, quiet: bool):
-        """Bytes of input: of all, and of what an earlier run has done."""
-        self.total, self.before, self.done = max(1, total), done, done
-        self.live = sys.stderr.isatty() and not quiet
-        self.started = self.shown = time.monotonic()
-
-    def add(self, size: int) -> None:
-        self.done += size
-        now = time.monotonic()
-        if self.live and now - self.shown > 0.5:
-            self.shown = now
-            left = (self.total - self.done) / 1e6 / max(1e-9, self.speed())
-            line = f"{self.done / self.total:6.1%}  {self.speed():.1f} MB/s  {left:.0f} s left"
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-
-    def speed(self) -> float:
-        """MB of input a second, in this run."""
-        return (self.done - self.before) / 1e6 / max(1e-9, time.monotonic() - self.started)
-
-    def close(self) -> None:
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
 def summary(prefix: str, totals: Totals, dtype: np.dtype, progress: Progress, tokenizer: str) -> str:
     """The line at the end."""
-    text = (f"{prefix}: {totals.documents:,} documents, {totals.tokens:,} tokens ({dtype}), from {progress.done / 1e6:.1f} MB "
-            f"at {progress.speed():.1f} MB/s, tokenized by {tokenizer}")
+    text = (f"{prefix}: {counted(totals.documents, 'document')}, {counted(totals.tokens, 'token')} ({dtype}), "
+            f"from {progress.done / 1e6:.1f} MB "
+            f"at {progress.speed / 1e6:.1f} MB/s, tokenized by {tokenizer}")
     if totals.sequences > totals.documents:
-        text += f"; {totals.sequences:,} sentences"
+        text += f"; {counted(totals.sequences, 'sentence')}"
     if totals.empty:
-        text += f"; {totals.empty:,} empty documents"
-    if totals.malformed:
-        text += f"; {totals.malformed:,} documents weren't UTF-8"
+        text += f"; {counted(totals.empty, 'empty document')}"
+    mended = totals.malformed - totals.reasons.get("not UTF-8", [0])[0]
+    if mended:
+        text += f"; what isn't UTF-8 replaced in {counted(mended, 'document')}"
+    for what, documents in totals.changed.items():
+        text += f"; {what} in {counted(documents, 'document')}"
     for why, (documents, _) in totals.reasons.items():
-        text += f"; {documents:,} {why}"
+        text += f"; {counted(documents, 'document')} left out: {why}"
     return text
 
 

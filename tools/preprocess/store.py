@@ -1,8 +1,9 @@
 """The folder PREFIX.work: what a stopped run has done, and what it was asked to do.
 
     run.json      what the output depends on: options, tokenizer, inputs
-    state.json    how many parts are in the files below, and how long these were then; counts
-    *.part        parts that aren't in yet
+    state.json    the unit and the part that come next in the files below, and how long these were then; counts
+    *.part        parts that aren't in yet (unit-number.part)
+    *.partial     what is being written, a part or the text for one
     tokens, lengths, counts ...    the data set as far as it has come
 
 state.json is written after the files it speaks of are on the disk, and parts go only after it: whatever happens in between,
@@ -26,6 +27,7 @@ from .inputs import Source, find_source, split_name
 
 RUN, STATE, LOCK, STREAM = "run.json", "state.json", "lock", "stream-"
 SHOWN = 4
+COMPRESSED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # by how they begin
 # What is done under these holds under any other value too: nothing had to be left out or mended, everything was compared.
 RELAXED = (("skip_invalid", False), ("encoding_errors", "stop"), ("verify", True))
 
@@ -58,15 +60,21 @@ class Work:
             os.close(self._lock)
             self._lock = None
             raise DataError(f"{self.prefix}: another process finishes writing it at this moment")
-        for left in self.folder.glob(f"*{PARTIAL}"):
-            left.unlink(missing_ok=True)
+        self._sweep()
         return self
 
     def __exit__(self, *_) -> None:
         if not self._gone and not self.worth_keeping:  # a second time it might be another process's
             self.clear()
+        elif not self._gone:
+            self._sweep()
         if self._lock is not None:
             os.close(self._lock)
+
+    def _sweep(self) -> None:
+        """Remove what somebody was writing when he was stopped."""
+        for left in self.folder.glob(f"*{PARTIAL}"):
+            left.unlink(missing_ok=True)
 
     def _locked_here(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -106,32 +114,36 @@ class Work:
         self.clear(keep=(LOCK,))
 
     def store_stream(self, name: str) -> Source:
-        """Standard input or a pipe as a file of the folder; where an earlier run has stored it, it is read to be compared.
+        """Standard input or a pipe, plain or compressed, as a file of the folder; where an earlier run has stored it, it is read
+        to be compared.
 
         Raises DataError if it isn't what was stored.
         """
-        path = self.folder / f"{STREAM}{self._streams}.{split_name(name)[0] or 'jsonl'}"
-        self._streams += 1
         shown = "standard input" if name == "-" else name
         with open(0, "rb", closefd=False) if name == "-" else open(name, "rb") as stream:
+            head = stream.read(4)
+            suffix = next((suffix for magic, suffix in COMPRESSED.items() if head.startswith(magic)), "")
+            path = self.folder / f"{STREAM}{self._streams}.{split_name(name)[0] or 'jsonl'}{suffix}"
+            self._streams += 1
             if self.begun and path.exists():
-                self._compare(stream, path, shown)
+                self._compare(head, stream, path, shown)
             else:
                 partial = path.with_name(path.name + PARTIAL)
                 with open(partial, "wb") as file:
+                    file.write(head)
                     shutil.copyfileobj(stream, file, 1 << 20)
                 os.replace(partial, path)
         return replace(find_source(str(path)), stream=shown)
 
     @staticmethod
-    def _compare(stream, path: Path, shown: str) -> None:
+    def _compare(head: bytes, stream, path: Path, shown: str) -> None:
         with open(path, "rb") as stored:
-            while True:
-                block = stream.read(1 << 20)
-                if block != stored.read(len(block) or 1):
-                    raise DataError(f"{shown} isn't what the run that is begun in {path.parent} has read; --restart begins anew")
+            block = head
+            while block == stored.read(len(block) or 1):
                 if not block:
                     return
+                block = stream.read(1 << 20)
+        raise DataError(f"{shown} isn't what the run that is begun in {path.parent} has read; --restart begins anew")
 
     def state(self) -> dict | None:
         """What was noted last."""
