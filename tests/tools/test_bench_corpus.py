@@ -38,7 +38,7 @@ def test_the_plain_loop_of_tokenizers(tmp_path):
 def test_the_killer_notices(tmp_path, monkeypatch, capsys):
     """A run whose result differs is an error, not a success."""
     monkeypatch.setattr(kill_preprocess, "kill_once", lambda *_: False)
-    monkeypatch.setattr(kill_preprocess, "outputs", lambda prefix: [prefix.name.encode()] * 3)
+    monkeypatch.setattr(kill_preprocess, "outputs", lambda prefix: [prefix.name[:3].encode() * (prefix.name[:3] == "out")] * 3)
     monkeypatch.setattr(kill_preprocess.subprocess, "run", lambda *_, **__: None)
     assert kill_preprocess.main(["--moments", "1"]) == 2
     assert "isn't that of the undisturbed run" in capsys.readouterr().err

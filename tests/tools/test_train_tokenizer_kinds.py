@@ -17,6 +17,7 @@ from megalm.tools.preprocess.backends import Reference, fast_backend
 from megalm.tools.preprocess.checking import Sample, first_difference, strange_samples
 from tests.data.models import TEXTS
 from tests.data.real_text import KINDS, MALFORMED
+from tests.tools.test_preprocess import run as preprocess
 from tests.tools.test_preprocess_tokenizing import random_texts
 from tests.tools.test_train_tokenizer import refused, run
 
@@ -152,6 +153,15 @@ def test_the_fast_tokenizer_takes_it(shards, tmp_path, digits):
     assert fast is not None, why
     samples = [Sample(text) for text in (*TEXTS, *random_texts(300, 5))] + strange_samples(tokenizer)
     assert first_difference(samples, fast, Reference(tokenizer)) is None
+
+
+def test_one_that_it_does_not_take_is_named_in_a_line(shards, tmp_path, capsys):
+    usual = ("--input", shards[0], "--output")
+    assert run(*usual, tmp_path / "a.json", "--vocab-size", 400, "--type", "byte-bpe", "--digits", "keep", "--quiet") == 0
+    assert preprocess(*usual, tmp_path / "out", "--tokenizer", tmp_path / "a.json", "--eod", "<|endoftext|>") == 0
+    err = capsys.readouterr().err
+    assert "tokenizing at huggingface's own speed: gigatoken can't take this model: " in err and err.count("\n") == 1
+    assert len(err) < 260 and ".rs" not in err
 
 
 def test_without_byte_fallback_unknown_characters_are_lost(shards, tmp_path):

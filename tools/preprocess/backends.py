@@ -14,6 +14,7 @@ import numpy as np
 from megalm.data.tokenizer import Tokenizer
 
 Encoded = tuple[np.ndarray, np.ndarray]  # ids of all texts, one after another [n]; ids of each text, int64 [texts]
+SAID = 120  # characters of a foreign error in a line of ours
 RENEW_BYTES = 2 << 30  # of text, after which a tokenizer that remembers words is made anew
 
 
@@ -77,8 +78,14 @@ class Gigatoken:
 def failure_of(error: BaseException) -> str | None:
     """How a fast tokenizer failed, if the error is one of its own: a Rust library's panic is no Exception."""
     if isinstance(error, RuntimeError) or type(error).__name__ == "PanicException":
-        return " ".join(str(error).split())
+        return in_a_line(error)
     return None
+
+
+def in_a_line(error: BaseException) -> str:
+    """What a Rust library says, without where in its source it does, and at most SAID characters of it."""
+    text = " ".join(str(error).split("\n\nLocation:")[0].split())
+    return text if len(text) <= SAID else f"{text[:SAID]}..."
 
 
 def joined(parts: Sequence[np.ndarray], dtype) -> np.ndarray:
@@ -102,7 +109,7 @@ def fast_backend(tokenizer: Tokenizer, short: bool = False) -> tuple[Backend | N
         content, unsafe = from_sentencepiece(proto)
         return Gigatoken(lambda: load_hf_json(content), reference, unsafe, short), ""
     except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
-        return None, f"gigatoken can't take this model: {' '.join(str(error).split())}"
+        return None, f"gigatoken can't take this model: {in_a_line(error)}"
 
 
 def from_sentencepiece(proto: bytes) -> tuple[bytes, re.Pattern | None]:
