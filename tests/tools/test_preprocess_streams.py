@@ -16,6 +16,7 @@ from megalm.tools.kill_preprocess import outputs
 from megalm.tools.preprocess import merge, parts, program
 from megalm.tools.preprocess.inputs import find_source
 from megalm.tools.preprocess.streams import TextStream
+from tests.checkpoint.disks import mounted
 from tests.tools.test_preprocess import PROGRAM, json_lines, refused, run
 from tests.tools.test_preprocess_restart import stop_at
 
@@ -149,3 +150,19 @@ def test_a_line_is_named_by_its_number(tmp_path, plain, capsys):
     for workers in (1, 2):
         err = refused(capsys, "--input", path, "--output", tmp_path / "out", *USUAL, "--workers", workers, "--restart")
         assert f"b.jsonl.gz, line {len(TEXTS) + 1}: not JSON" in err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_is_full(tmp_path, workers, capsys):
+    """A real one, wherever it happens: a line that says so, no half of anything, and with more room the same command goes on."""
+    plain = Path(json_lines(tmp_path / "a.jsonl", [f"{i} " + "word " * 500 for i in range(300)]))
+    assert run("--input", plain, "--output", tmp_path / "right", *USUAL[:3]) == 0
+    path = gz(tmp_path / "b.jsonl.gz", plain.read_bytes())
+    with mounted(tmp_path / "small", "1m") as folder:
+        usual = ("--input", path, "--output", folder / "out", *USUAL[:3], "--piece-bytes", 90_000, "--workers", workers)
+        err = refused(capsys, *usual)
+        assert f"No space left on device; what is done is kept in {folder}/out.work: the same command goes on" in err
+        assert [found.name for found in folder.iterdir()] == ["out.work"]
+        subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+        assert run(*usual) == 0
+        assert outputs(folder / "out")[:2] == outputs(tmp_path / "right")[:2]
