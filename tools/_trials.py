@@ -30,6 +30,9 @@ class OneRank:
     def broadcast(self, value: Any) -> Any:
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
 
 class Hasty(Disk):
     """Doesn't wait for the disk."""

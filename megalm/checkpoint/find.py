@@ -9,7 +9,7 @@ from typing import Any
 from megalm.checkpoint import format as names
 from megalm.checkpoint import sealed
 from megalm.checkpoint.format import inside, step_of
-from megalm.checkpoint.sealed import CheckpointError, DamagedError
+from megalm.checkpoint.sealed import CheckpointError, DamagedError, UnreadableError
 
 Report = Callable[[str], None]
 """Takes one line for the user."""
@@ -34,29 +34,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def fault(folder: Path, read: bool = True) -> str | None:
+def damage(folder: Path, read: bool = True) -> str | None:
     """Why this folder isn't a whole checkpoint: a file missing, of another size, or not what was written. None: it is whole.
 
     The tensors' bytes aren't read (loading checks those that it reads); without `read`, nor is any file but
-    checkpoint.json: there may be thousands.
+    checkpoint.json: there may be thousands. Raises UnreadableError where this machine can't tell.
     """
     try:
         manifest = read_manifest(folder)
         for name, stated in manifest["files"].items():
             path, size = inside(folder, name), stated["bytes"]
-            if not path.is_file():
+            found = sealed.size(path)
+            if found is None:
                 return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
             if read and "xxh3" in stated:
                 _check(path, stated["xxh3"])
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         return str(error)
     except (TypeError, KeyError) as error:
         return f"{names.MANIFEST}: 'files' isn't what it should be: {type(error).__name__}: {error}"
-    except OSError as error:
-        return f"{error.strerror}: {error.filename}"
     return None
+
+
+def fault(folder: Path, read: bool = True) -> str | None:
+    """The same, or why this machine can't tell: for who only asks whether it can be counted on."""
+    try:
+        return damage(folder, read)
+    except UnreadableError as error:
+        return str(error)
 
 
 def _check(path: Path, xxh3: str) -> None:
@@ -72,18 +81,26 @@ def _check(path: Path, xxh3: str) -> None:
 def candidates(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of everything below `root` that is named as a checkpoint, the newest first.
 
-    One that had stepped aside when a run was killed stands in for the missing one of its step.
+    One that had stepped aside when a run was killed stands in for the missing one of its step. Raises UnreadableError.
     """
     found: dict[int, Path] = {}
-    for path in root.iterdir() if root.is_dir() else ():
-        step = step_of(path.name)
-        if step is not None and path.is_dir():
-            found[step] = path
-    for path in root.glob(f"{names.REPLACED_PREFIX}step_*") if root.is_dir() else ():
-        step = step_of(path.name.removeprefix(names.REPLACED_PREFIX))
-        if step is not None and path.is_dir():
-            found.setdefault(step, path)
+    try:
+        paths = sorted(root.iterdir(), reverse=True) if root.is_dir() else []  # "step_" before ".old_step_"
+        for path in paths:
+            step = step_of(path.name.removeprefix(names.REPLACED_PREFIX))
+            if step is not None and path.is_dir():
+                found.setdefault(step, path)
+    except OSError as error:
+        raise UnreadableError(f"{root} can't be read: {error.strerror or error}") from error
     return sorted(found.items(), reverse=True)
+
+
+def preferred(root: Path, report: Report | None = None) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, in the order in which a run would go on from them: the one that `latest` names, those
+    before it, the newest first, those after it. Raises UnreadableError where that can't be told."""
+    named = _latest(root, report)
+    # A sort keeps the order of what is equal: the newest first.
+    return sorted(candidates(root), key=lambda item: (item[0] != named, named is not None and item[0] > named))
 
 
 def newest(root: Path, report: Report | None = None, damaged: Collection[Path] = ()) -> Path | None:
@@ -92,17 +109,14 @@ def newest(root: Path, report: Report | None = None, damaged: Collection[Path] =
 
     `latest` comes first so that a user who points it to an older step goes on from there; what is newer than it is of a past
     that was left then. `damaged`: folders that loading has found damaged. Each one skipped is reported with its reason.
-    Raises CheckpointError when there are checkpoints but none is whole.
+    Raises CheckpointError when there are checkpoints but none is whole, UnreadableError where this machine can't tell.
     """
-    found = candidates(root)
-    named = _latest(root, report)
-    order = sorted(found, key=lambda item: (item[0] != named, named is not None and item[0] > named))  # else the newest first
     skipped = []
-    for _, folder in order:
+    for _, folder in preferred(root, report):
         if folder in damaged:
             skipped.append(f"skipped {folder.name}: damaged")
             continue
-        reason = fault(folder)
+        reason = damage(folder)
         if reason is None:
             return folder
         skipped.append(f"skipped {folder.name}: {reason}")
@@ -119,10 +133,10 @@ def _latest(root: Path, report: Report | None = None) -> int | None:
     What was about to be said counts where it is the newer of the two files: people may point `latest` elsewhere meanwhile.
     """
     if pending(root):
-        return names.parse_latest((root / names.NEW_LATEST).read_bytes())[0]
+        return names.parse_latest(sealed.read(root / names.NEW_LATEST))[0]
     try:
-        content = (root / names.LATEST).read_bytes()
-    except OSError:
+        content = sealed.read(root / names.LATEST)
+    except DamagedError:  # there may be none
         return None
     step, seal = names.parse_latest(content)
     if step is not None and (seal is None or _seal(root, step) in (seal, None)):
@@ -133,22 +147,22 @@ def _latest(root: Path, report: Report | None = None) -> int | None:
 
 
 def pending(root: Path) -> bool:
-    """Whether a run was killed after its checkpoint had got its name and before `latest` named it."""
+    """Whether a run was killed after its checkpoint had got its name and before `latest` named it. Raises UnreadableError."""
     try:
-        step, seal = names.parse_latest((root / names.NEW_LATEST).read_bytes())
+        step, seal = names.parse_latest(sealed.read(root / names.NEW_LATEST))
         if step is None or seal is None or _seal(root, step) != seal:
             return False
         times = [(root / name).stat().st_mtime_ns for name in (names.NEW_LATEST, names.LATEST) if (root / name).exists()]
-    except OSError:
+    except (DamagedError, OSError):
         return False
     return times[0] == max(times)
 
 
 def _seal(root: Path, step: int) -> str | None:
-    """The xxh3 at the end of the checkpoint.json of that step; None where there is no such file."""
+    """The xxh3 at the end of the checkpoint.json of that step; None where there is no such file, or a broken one."""
     try:
-        return sealed.seal_of((root / names.step_name(step) / names.MANIFEST).read_bytes())
-    except OSError:
+        return sealed.seal_of(sealed.read(root / names.step_name(step) / names.MANIFEST))
+    except DamagedError:
         return None
 
 
@@ -158,8 +172,8 @@ def find(folder: str | Path, report: Report | None = None) -> Path:
     Raises CheckpointError when there is none, or when the one named isn't whole.
     """
     folder = Path(folder)
-    if (folder / names.MANIFEST).exists():
-        reason = fault(folder)
+    if sealed.size(folder / names.MANIFEST) is not None:
+        reason = damage(folder)
         if reason is not None:
             raise CheckpointError(f"{folder}: not a whole checkpoint: {reason}")
         return folder

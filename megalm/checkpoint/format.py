@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megalm.checkpoint import boxes, sealed
-from megalm.checkpoint.sealed import CheckpointError
+from megalm.checkpoint.sealed import CheckpointError, DamagedError
 
 FORMAT = "megalm.checkpoint"
 VERSION = 2
@@ -141,15 +141,18 @@ def arrange(entries: Sequence[StoredFragment]) -> tuple[bytes, list[StoredFragme
     return begin, [dataclasses.replace(entry, offset=len(begin) + offset) for entry, offset in placed]
 
 
-def parse_index(folder: Path, name: str) -> list[StoredFragment]:
+def parse_index(folder: Path, name: str, xxh3: str | None = None) -> list[StoredFragment]:
     """The fragments that a rank's JSON index lists, hash and numbers checked. Raises CheckpointError."""
-    return list(open_index(folder, name)[1])
+    return list(open_index(folder, name, xxh3)[1])
 
 
-def open_index(folder: Path, name: str) -> tuple[dict[str, Any], list[StoredFragment]]:
-    """A rank's index: its content, and the fragments that it lists. Raises CheckpointError."""
+def open_index(folder: Path, name: str, xxh3: str | None = None) -> tuple[dict[str, Any], list[StoredFragment]]:
+    """A rank's index: its content, and the fragments that it lists. `xxh3`: the file's, if known. Raises CheckpointError."""
     path = inside(folder, name)
-    content = sealed.unseal(sealed.read(path), path)
+    text = sealed.read(path)
+    content = sealed.unseal(text, path)
+    if xxh3 not in (None, sealed.digest(text)):
+        raise DamagedError(f"{name} isn't what was written: xxh3 {sealed.digest(text)}, not {xxh3}")
     try:
         file, size = content["file"], content["bytes"]
         inside(folder, file)

@@ -1,58 +1,61 @@
 """Fill an engine, under any layout, from a checkpoint that was saved under any other.
 
-Every target fragment is intersected with the stored ones; only the blocks that hold bytes in common are read, checked
-against their hashes, and copied as strided boxes from the mapped file straight into place.
+Every target fragment is intersected with the stored ones; only the blocks that hold elements in common are read, checked
+against their hashes, and copied as strided boxes from where they were checked straight into place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from megalm.checkpoint import boxes
+from megalm.checkpoint import blocks, boxes
 from megalm.checkpoint.find import find, read_manifest
-from megalm.checkpoint.format import ITEM_BYTES, StoredFragment, index_file, parse_index
+from megalm.checkpoint.format import ITEM_BYTES, MANIFEST, StoredFragment, index_file, parse_index
 from megalm.checkpoint.fragment import DTYPES, MOMENT_ROLES, WEIGHT_ROLES, Fragment
-from megalm.checkpoint.mapped import MappedFile
+from megalm.checkpoint.pieces import Piece, copy, wanted
 from megalm.checkpoint.save import Engine, Ranks
 from megalm.checkpoint.sealed import CheckpointError, DamagedError
 
-PADDED_PARTS = ("embedding.word.weight", "head.weight")
-"""Their dim 0 is the vocabulary, padded: its size may differ between two plans of one model."""
-OPEN_FILES = 64
-"""A checkpoint may have thousands; each that is open takes two descriptors, its own and its map's."""
+T = TypeVar("T")
 PROBLEMS_SHOWN = 5
 DAMAGED = "damaged: "
 """How a problem begins that an earlier checkpoint may not have."""
 
 
-@dataclass
+def read_indices(folder: Path, manifest: Mapping[str, Any], ranks: Iterable[int]) -> list[StoredFragment]:
+    """The fragments that these ranks wrote. Raises CheckpointError where an index isn't what checkpoint.json says."""
+    found = []
+    for name in map(index_file, ranks):
+        found += parse_index(folder, name, manifest["files"].get(name, {}).get("xxh3"))
+    return found
+
+
 class Stored:
     """An open checkpoint: its description, and its tensors, of which only what is asked for is read.
 
-    Raises CheckpointError where a file isn't what the checkpoint says.
+    `fragments`: those of each (part, role). Methods raise CheckpointError where a file isn't what the checkpoint says.
     """
 
-    folder: Path
-    manifest: dict[str, Any]
-    fragments: dict[tuple[str, str], list[StoredFragment]]
-    _files: dict[str, MappedFile] = field(default_factory=dict)
-    _checked: set[tuple[str, str]] = field(default_factory=set)
+    def __init__(self, folder: Path, manifest: dict[str, Any], fragments: Iterable[StoredFragment]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.fragments: dict[tuple[str, str], list[StoredFragment]] = {}
+        for entry in fragments:
+            self.fragments.setdefault((entry.part, entry.role), []).append(entry)
+        self._blocks = blocks.Blocks(folder)
+        self._checked: set[tuple[str, str]] = set()
 
     @classmethod
     def open(cls, folder: Path) -> Stored:
         """Read the description of one checkpoint's folder."""
         manifest = read_manifest(folder)
-        fragments: dict[tuple[str, str], list[StoredFragment]] = {}
-        for rank in range(manifest["world_size"]):
-            for entry in parse_index(folder, index_file(rank)):
-                fragments.setdefault((entry.part, entry.role), []).append(entry)
-        return cls(folder, manifest, fragments)
+        return cls(folder, manifest, read_indices(folder, manifest, range(manifest["world_size"])))
 
     @property
     def roles(self) -> list[str]:
@@ -78,17 +81,35 @@ class Stored:
         return []
 
     def release(self) -> None:
-        """Let go of the mapped files until something is read again."""
-        self._files.clear()
+        """Close the files until something is read again."""
+        self._blocks.release()
 
-    def read(self, entry: StoredFragment, first: int, length: int) -> Tensor:
-        """Elements [first, first + length) of a stored fragment, as a view of the mapped file, their blocks checked."""
-        file = self._files.pop(entry.file, None) or MappedFile(self.folder, entry.file)
-        self._files[entry.file] = file  # the last to go
-        while len(self._files) > OPEN_FILES:
-            del self._files[next(iter(self._files))]
-        size = ITEM_BYTES[entry.dtype]
-        return file.read(entry, first * size, length * size).view(DTYPES[entry.dtype])
+    def pieces(self, entry: StoredFragment, asked: Sequence[boxes.Box]) -> Iterator[Piece]:
+        """The blocks of a stored fragment that may hold elements of these boxes, in order; each is read when it is looked at."""
+        each = blocks.elements(entry)
+        for number in _numbers(entry, asked, each):
+            start = number * each
+            block = dataclasses.replace(entry, start=entry.start + start, count=min(each, entry.count - start))
+            first = 0
+            for box in boxes.boxes(block):
+                yield Piece(box, partial(self._view, entry, number, first, box))
+                first += boxes.size(box)
+
+    def _view(self, entry: StoredFragment, number: int, first: int, box: boxes.Box) -> Tensor:
+        elements = self._blocks.read(entry, number)[first: first + boxes.size(box)]
+        return elements.view([high - low for low, high in box])
+
+
+def _numbers(entry: StoredFragment, asked: Sequence[boxes.Box], each: int) -> list[int]:
+    """The blocks, of `each` elements, from the first that a box needs to the last."""
+    found: set[int] = set()
+    for theirs in boxes.boxes(entry):
+        for ours in asked:
+            common = boxes.intersect(ours, theirs)
+            if common is not None:
+                _, _, first, length = boxes.strides_in(entry, common)
+                found.update(range(first // each, -(-(first + length) // each)))
+    return sorted(found)
 
 
 def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool = False,
@@ -102,13 +123,41 @@ def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool 
     padding has here and not there do too. Raises CheckpointError on every rank, naming the part and what is missing;
     DamagedError where the only trouble is that bytes aren't those that were written.
     """
-    stored, problem, cause, notes = None, None, None, []
-    try:
-        stored = Stored.open(find(path))
+    stored, notes = _open_together(path, groups), []
+
+    def work() -> None:
         fragments = [fragment for fragment in engine.fragments() if not (weights_only and fragment.role in MOMENT_ROLES)]
         if allow_changes:
-            fragments, notes = _without_unknown_moments(fragments, stored)
-        problem = _fill_all(fragments, stored)
+            fragments, told = _without_unknown_moments(fragments, stored)
+            notes.extend(told)
+        _fill_all(fragments, stored)
+
+    _agreed(path, groups, work)
+    stored.release()
+    engine.refresh(engine.counters() if weights_only else stored.manifest["counters"])
+    return notes
+
+
+def _open_together(path: str | Path, groups: Ranks) -> Stored:
+    """The checkpoint on every rank, though each of its files is read by one: rank 0 finds it, and all read their share of the
+    indices, of which there are as many as ranks that saved, and tell the others."""
+    def found() -> tuple[Path, dict[str, Any]] | None:
+        if groups.rank != 0:
+            return None
+        folder = Path(path) if (Path(path) / MANIFEST).exists() else find(path)
+        return folder, read_manifest(folder)
+
+    folder, manifest = groups.broadcast(_agreed(path, groups, found))
+    share = range(groups.rank, manifest["world_size"], groups.world_size)
+    shares = groups.gather(_agreed(path, groups, lambda: read_indices(folder, manifest, share)))
+    return Stored(folder, manifest, (entry for entries in shares for entry in entries))
+
+
+def _agreed(path: str | Path, groups: Ranks, work: Callable[[], T]) -> T:
+    """This rank's result of `work`. Where any rank's fails, all raise, with what the first few say."""
+    result, problem, cause = None, None, None
+    try:
+        result = work()
     except Exception as error:  # whatever it is, the other ranks wait for an answer
         problem, cause = _line(error), error
     problems = groups.agree(problem)
@@ -117,9 +166,7 @@ def load(path: str | Path, engine: Engine, groups: Ranks, *, weights_only: bool 
         more = f"; and {len(problems) - PROBLEMS_SHOWN} more ranks" if len(problems) > PROBLEMS_SHOWN else ""
         damaged = all(text.startswith(DAMAGED) for _, text in problems)
         raise (DamagedError if damaged else CheckpointError)(f"{path} can't be loaded: {lines}{more}") from cause
-    assert stored is not None
-    engine.refresh(engine.counters() if weights_only else stored.manifest["counters"])
-    return notes
+    return result
 
 
 def _line(error: Exception) -> str:
@@ -135,54 +182,33 @@ def _without_unknown_moments(fragments: Iterable[Fragment], stored: Stored) -> t
     return [fragment for fragment in fragments if fragment.role not in unknown], notes
 
 
-def _fill_all(fragments: Iterable[Fragment], stored: Stored) -> str | None:
-    """Fill each fragment; the first few problems in one line, or None."""
+def _fill_all(fragments: Iterable[Fragment], stored: Stored) -> None:
+    """Fill each fragment. Raises CheckpointError with the first few problems, a DamagedError if all are damage."""
     problems = []
     for fragment in fragments:
         try:
             if fragment.count:
                 fill(fragment, stored)
         except CheckpointError as error:
-            problems.append(_line(error))
-    if not problems:
-        return None
-    more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-    return "; ".join(problems[:PROBLEMS_SHOWN]) + more
+            problems.append(error)
+    if problems:
+        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+        damaged = all(isinstance(error, DamagedError) for error in problems)
+        lines = "; ".join(map(str, problems[:PROBLEMS_SHOWN]))
+        raise (DamagedError if damaged else CheckpointError)(lines + more)
 
 
-@torch.no_grad()
 def fill(target: Fragment, stored: Stored) -> int:
-    """Copy into `target` every element that the checkpoint has of it; returns how many bytes were read.
+    """Copy into `target` every element that the checkpoint has of it; returns how many bytes they take there.
 
     Raises CheckpointError when the part isn't stored, isn't complete, or has another shape (the vocabulary's padding apart).
     """
     entries = stored.of(target.part, target.role)
     if not entries:
         raise CheckpointError(f"{target} isn't in the checkpoint, which holds {', '.join(stored.roles) or 'no tensors'}")
-    shape, own = entries[0].full_shape, tuple(target.full_shape)
-    resized = target.part in PADDED_PARTS and shape[1:] == own[1:]
-    if shape != own and not resized:
-        raise CheckpointError(f"{target} has shape {list(shape)} in the checkpoint and {list(own)} here")
-    wanted = [box for box in boxes.boxes(target) if not resized or box[0][0] < shape[0]]
-    expected = sum(boxes.size(box) if not resized else _rows_below(box, shape[0]) for box in wanted)
-    copied = read = 0
-    for entry in _near(entries, target):
-        for theirs in boxes.boxes(entry):
-            for ours in wanted:
-                common = boxes.intersect(ours, theirs)
-                if common is None:
-                    continue
-                sizes, strides, first, length = boxes.strides_in(entry, common)
-                source = stored.read(entry, first, length)
-                box_view(target, common).copy_(source.as_strided(sizes, strides, source.storage_offset()))
-                copied, read = copied + boxes.size(common), read + boxes.size(common) * source.element_size()
-    assert copied == expected, f"{target}: {expected - copied:,} of {expected:,} elements are missing"  # `of` found it complete
-    return read
-
-
-def _rows_below(box: boxes.Box, rows: int) -> int:
-    (low, high), *rest = box
-    return boxes.size(((low, min(high, rows)), *rest))
+    asked = wanted(target, entries[0].full_shape, "the checkpoint", padded=True)
+    pieces = (piece for entry in _near(entries, target) for piece in stored.pieces(entry, asked))
+    return copy(target, asked, pieces) * ITEM_BYTES[entries[0].dtype]
 
 
 def _near(entries: Iterable[StoredFragment], target: Fragment) -> Iterator[StoredFragment]:
@@ -196,14 +222,6 @@ def _near(entries: Iterable[StoredFragment], target: Fragment) -> Iterator[Store
         if same_slab and (entry.start + entry.count <= target.start or target.start + target.count <= entry.start):
             continue
         yield entry
-
-
-def box_view(target: Fragment, box: boxes.Box) -> Tensor:
-    """The box as a view of the target's own memory."""
-    tensor = target.tensor.detach()
-    assert tensor.dim() == 1 and tensor.is_contiguous(), f"{target}: not a contiguous 1-D tensor"
-    sizes, strides, first, _ = boxes.strides_in(target, box)
-    return tensor.as_strided(sizes, strides, tensor.storage_offset() + first)
 
 
 class Weights(Mapping[str, Tensor]):
@@ -233,7 +251,7 @@ class Weights(Mapping[str, Tensor]):
         return rows
 
     def release(self) -> None:
-        """Let go of the mapped files, whose pages count as this process's memory; what is read next maps them again."""
+        """Close the files until something is read again."""
         self._stored.release()
 
     def __getitem__(self, part: str) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megalm.checkpoint import boxes, sealed
 from megalm.checkpoint.disk import Disk
-from megalm.checkpoint.find import fault, pending
+from megalm.checkpoint.find import damage, pending
 from megalm.checkpoint.format import (
     DELETED_PREFIX,
     LATEST,
@@ -103,13 +103,14 @@ def point_latest(root: Path, disk: Disk) -> None:
 def clean(root: Path, disk: Disk) -> None:
     """Remove what killed or failed saves left; give a checkpoint its name back that was stepping aside for one of them.
 
-    A `latest` that a killed run had yet to point to its last checkpoint is pointed to it.
+    A `latest` that a killed run had yet to point to its last checkpoint is pointed to it. Raises UnreadableError, with nothing
+    removed that may be sound.
     """
     if not root.is_dir():
         return
     for path in sorted(root.glob(f"{REPLACED_PREFIX}*")):
         original = root / path.name.removeprefix(REPLACED_PREFIX)
-        if fault(path) is None and (not original.exists() or fault(original) is not None):
+        if damage(path) is None and (not original.exists() or damage(original) is not None):
             disk.remove(original)
             disk.rename(path, original)
         else:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.checkpoint.disk import Disk
-from megalm.checkpoint.find import candidates, fault, read_manifest
+from megalm.checkpoint.find import candidates, damage, fault, read_manifest
 from megalm.checkpoint.format import DELETED_PREFIX, REPLACED_PREFIX, step_name
+from megalm.checkpoint.sealed import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def retire(root: Path, step: int, rule: Retention, disk: Disk) -> list[str]:
     try:
         disk.remove(root / (REPLACED_PREFIX + step_name(step)))
         found = [(number, folder) for number, folder in candidates(root) if number <= step]
-        whole = [(number, read_manifest(folder)["eval_loss"]) for number, folder in found if not fault(folder, read=False)]
+        whole = [(number, read_manifest(folder)["eval_loss"]) for number, folder in found if not damage(folder, read=False)]
         kept = rule.kept(whole)
         oldest = min(sorted((number for number, _ in whole), reverse=True)[: max(rule.keep, 1)])
         sound = {number for number, _ in whole}
@@ -50,6 +51,6 @@ def retire(root: Path, step: int, rule: Retention, disk: Disk) -> list[str]:
             doomed = root / (DELETED_PREFIX + folder.name)
             disk.rename(folder, doomed)
             disk.remove(doomed)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         return [f"an old checkpoint in {root} couldn't be deleted: {error}"]
     return []

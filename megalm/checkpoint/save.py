@@ -62,6 +62,8 @@ class Ranks(Protocol):
 
     def broadcast(self, value: Any) -> Any: ...
 
+    def gather(self, value: Any) -> list[Any]: ...
+
 
 def save(run_folder: str | Path, step: int, consumed_samples: int, engine: Engine, groups: Ranks, config: Any, plan: Any,
          tokenizer_files: Sequence[Path] = (), *, disk: Disk | None = None, report: Report | None = None,

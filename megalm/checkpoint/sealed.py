@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ class CheckpointError(ValueError):
 
 class DamagedError(CheckpointError):
     """Bytes of a checkpoint aren't those that were written; an earlier one may be whole."""
+
+
+class UnreadableError(CheckpointError):
+    """This machine can't read a file now; it may be sound, and no reason to take another."""
 
 
 def digest(content: bytes | memoryview) -> str:
@@ -90,11 +95,24 @@ def _why(content: bytes) -> str:
 
 def unreadable(error: OSError, what: str) -> CheckpointError:
     """The error to raise for one of the file system while `what` was read: a DamagedError where an earlier checkpoint helps."""
-    return (DamagedError if error.errno in DAMAGE else CheckpointError)(f"{what}: {error.strerror or error}")
+    if error.errno in DAMAGE:
+        return DamagedError(f"{what}: {error.strerror}")
+    return UnreadableError(f"{what} can't be read: {error.strerror or error}")
+
+
+def size(path: Path) -> int | None:
+    """A file's size in bytes; None where there is no such file. Raises as `read` does."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(error, str(path)) from error
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def read(path: Path) -> bytes:
-    """A small file's content. Raises DamagedError when it is missing or broken, CheckpointError when it can't be read."""
+    """A small file's content. Raises DamagedError when it is missing or broken, UnreadableError when it can't be read."""
     try:
         return path.read_bytes()
     except OSError as error:

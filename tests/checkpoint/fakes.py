@@ -59,12 +59,15 @@ class Crew:
         self._meeting.wait()
         return self._value
 
-    def highest(self, rank: int, value: int) -> int:
+    def gather(self, rank: int, value: Any) -> list[Any]:
         self._values[rank] = value
         self._meeting.wait()
-        highest = max(self._values)
+        values = list(self._values)
         self._meeting.wait()
-        return highest
+        return values
+
+    def highest(self, rank: int, value: int) -> int:
+        return max(self.gather(rank, value))
 
     def member(self, rank: int) -> Groups:
         return Groups(rank, self)
@@ -110,6 +113,9 @@ class Groups:
 
     def broadcast(self, value: Any) -> Any:
         return self.crew.broadcast(self.rank, value)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.crew.gather(self.rank, value)
 
 
 @dataclass

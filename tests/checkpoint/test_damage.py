@@ -6,19 +6,24 @@ import errno
 import os
 import pickle
 import random
-import sys
+import resource
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from megalm.checkpoint import CheckpointError, DamagedError, fault, find, read_weights
+from megalm.checkpoint import CheckpointError, DamagedError, choose, fault, find, read_weights
 from megalm.checkpoint.find import candidates
 from megalm.checkpoint.format import parse_index
 from megalm.checkpoint.load import Stored, fill
+from megalm.checkpoint.sealed import UnreadableError
 from megalm.tools.checkpoint import main
 from megalm.tools.flip_checkpoints import trials
 from tests.checkpoint.fakes import SMALL, draw, engines, save_all
 from tests.checkpoint.test_layouts import load_all, succeed, wrong
+
+TROUBLE = (errno.EMFILE, errno.EACCES, errno.ESTALE, errno.ENOMEM)
 
 
 def test_any_flipped_bit_is_found_and_the_checkpoint_before_is_used(tmp_path):
@@ -48,7 +53,7 @@ def test_a_shape_that_differs_is_no_damage(tmp_path):
 
 
 @pytest.mark.parametrize("code, kind", [
-    (errno.EIO, DamagedError), *((code, CheckpointError) for code in (errno.EMFILE, errno.EACCES, errno.ESTALE, errno.ENOMEM))])
+    (errno.EIO, DamagedError), *((code, UnreadableError) for code in TROUBLE)])
 @pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00000.json"])
 def test_what_this_machine_can_t_read_is_no_damage(name, code, kind, tmp_path, monkeypatch):
     """It would make a run go on from an earlier checkpoint, with a sound one there."""
@@ -67,16 +72,113 @@ def test_what_this_machine_can_t_read_is_no_damage(name, code, kind, tmp_path, m
     assert type(caught.value) is kind
 
 
-def test_a_checkpoint_of_many_ranks_takes_few_descriptors(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[Stored.__module__], "OPEN_FILES", 3)
+@pytest.mark.parametrize("name", ["checkpoint.json", "rank_00000.json", "latest"])
+@pytest.mark.parametrize("code", TROUBLE, ids=errno.errorcode.get)
+def test_a_checkpoint_that_this_machine_can_t_read_is_not_passed_over(name, code, tmp_path, monkeypatch):
+    """The one before would lose the steps since, with a sound one there; a broken disk is another matter."""
+    for step in (1, 2):
+        succeed(save_all(tmp_path, step, engines(SMALL, draw(SMALL))))
+    read, codes = Path.read_bytes, [code]
+
+    def refuse(path):
+        if path.name == name and path.parent.name != "step_00000001":
+            raise OSError(codes[0], os.strerror(codes[0]), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for attempt in (lambda: find(tmp_path), lambda: choose(tmp_path, "auto")):
+        with pytest.raises(UnreadableError, match=f"{name} can't be read: {os.strerror(code)}"):
+            attempt()
+    codes[0] = errno.EIO
+    assert find(tmp_path).name == ("step_00000002" if name == "latest" else "step_00000001")
+
+
+@pytest.mark.parametrize("code", TROUBLE, ids=errno.errorcode.get)
+def test_what_a_rank_can_t_read_isn_t_called_damaged_where_other_bytes_are(code, tmp_path, monkeypatch):
+    """An earlier checkpoint helps against the one and not against the other."""
+    folder = succeed(save_all(tmp_path, 1, engines(SMALL, draw(SMALL), tp=2)))[0]
+    (folder / "rank_00001.safetensors").unlink()
+    opened = os.open
+
+    def refuse(path, *rest):
+        if Path(path).name == "rank_00000.safetensors":
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    for result in load_all(folder, engines(SMALL, None, tp=2)):
+        assert type(result) is CheckpointError and os.strerror(code) in str(result) and "No such file" in str(result)
+
+
+def test_a_checkpoint_of_many_ranks_takes_few_descriptors(tmp_path):
+    """With fewer left than there are files."""
     values = draw(SMALL)
-    folder = succeed(save_all(tmp_path, 1, engines(SMALL, values, tp=2, dp=4)))[0]
-    stored, [target] = Stored.open(folder), engines(SMALL, None)
-    before, most = len(os.listdir("/proc/self/fd")), 0
-    for fragment in target.held:
-        fill(fragment, stored)
-        most = max(most, len(os.listdir("/proc/self/fd")) - before)
-    assert 0 < most <= 6 and wrong([target], values) == []
+    folder = succeed(save_all(tmp_path, 1, engines(SMALL, values, tp=2, pp=2, dp=12)))[0]
+    target = engines(SMALL, None)
+    before, used = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 24, before[1]))
+    try:
+        succeed(load_all(folder, target))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(list(folder.glob("*.safetensors"))) == 48 and wrong(target, values) == []
+    assert len(os.listdir("/proc/self/fd")) == used, "they are closed again"
+
+
+def test_what_was_hashed_is_what_is_used(tmp_path, monkeypatch):
+    """A file that changes, or a disk that answers otherwise, once a block was read has no part in what is loaded."""
+    parts = {"up": ((4096, 384), 0), "down": ((384, 4096), 1)}  # 6 MiB a role: two blocks, the second one half
+    values = draw(parts, roles=("master",))
+    folder = succeed(save_all(tmp_path, 1, engines(parts, values, roles=("master",))))[0]
+    preadv, seen = os.preadv, []
+
+    def read(handle, buffers, offset):
+        count = preadv(handle, buffers, offset)
+        seen.append((offset, count))
+        with open(folder / "rank_00000.safetensors", "r+b") as file:
+            file.seek(offset)
+            file.write(bytes(count))
+        return count
+
+    monkeypatch.setattr(os, "preadv", read)
+    target = engines(parts, None, roles=("master",))
+    succeed(load_all(folder, target))
+    assert wrong(target, values) == [] and len(seen) == len(set(seen)) == 4
+
+
+def test_a_short_answer_is_asked_again_and_a_short_file_is_damaged(tmp_path, monkeypatch):
+    values = draw(SMALL)
+    folder = succeed(save_all(tmp_path, 1, engines(SMALL, values)))[0]
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda handle, buffers, offset: preadv(handle, [buffers[0][:100]], offset))
+    target = engines(SMALL, None)
+    succeed(load_all(folder, target))
+    assert wrong(target, values) == []
+    os.truncate(folder / "rank_00000.safetensors", 9000)
+    [result] = load_all(folder, engines(SMALL, None))
+    assert type(result) is DamagedError and "ends beyond the file's 9,000 bytes" in str(result)
+
+
+def test_each_index_is_read_once_by_all_ranks_together(tmp_path, monkeypatch):
+    values, counts = draw(SMALL), Counter()
+    folder = succeed(save_all(tmp_path, 1, engines(SMALL, values, tp=2, pp=2, dp=2)))[0]
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (counts.update([path.name]), read(path))[1])
+    for layout in (dict(tp=4, dp=2), dict(tp=3), dict(dp=12)):
+        target = engines(SMALL, None, **layout)
+        counts.clear()
+        succeed(load_all(folder, target))
+        assert counts == {"checkpoint.json": 1, **{f"rank_{rank:05d}.json": 1 for rank in range(8)}}
+        assert wrong(target, values) == []
+
+
+def test_an_index_of_another_save_is_found(tmp_path):
+    """Sound in itself, and not what checkpoint.json says."""
+    one, other = (succeed(save_all(tmp_path / name, 1, engines(SMALL, draw(SMALL, seed=seed))))[0]
+                  for seed, name in enumerate(("one", "other")))
+    shutil.copy(other / "rank_00000.json", one / "rank_00000.json")
+    [result] = load_all(one, engines(SMALL, None))
+    assert type(result) is DamagedError and "rank_00000.json isn't what was written: xxh3" in str(result)
 
 
 class Hostile:

@@ -10,6 +10,7 @@ from megalm.checkpoint import find, read_weights
 from megalm.checkpoint.foreign import sources
 from megalm.checkpoint.huggingface import open_huggingface
 from tests import training
+from tests.checkpoint import test_foreign
 from tests.model.transformers_weights import gpt2, llama_like, neox, randomise, save
 
 MODELS = {
@@ -44,6 +45,26 @@ def test_the_weights_of_a_run_of_any_layout_are_those_of_the_folder(name, tmp_pa
     for part, tensor in theirs.items():
         assert torch.equal(ours[part][:tensor.shape[0]], tensor.float()), part
     assert ours.shape("embedding.word.weight")[0] == 384
+
+
+@pytest.mark.parametrize("kind, parallel", [("megatron", {"tp": 2, "pp": 2}), ("neox", {"tp": 2, "dp": 2, "zero_stage": 3})])
+def test_checkpoints_of_other_programs(kind, parallel, tmp_path):
+    """Saved by two tensor-parallel ranks (and two stages), and read where they lie."""
+    model = {"megatron": test_foreign.GPT, "neox": test_foreign.NEOX}[kind].model_copy(update={"vocab_size": 257})
+    parts, spec = test_foreign.draw(model), f"{kind}:{tmp_path / 'theirs'}"
+    if kind == "megatron":
+        test_foreign.megatron(tmp_path / "theirs", model, parts, 2, 2, test_foreign.CORE, {"num_attention_heads": 8})
+    else:
+        test_foreign.neox(tmp_path / "theirs", model, parts, 2)
+    parallel = {"dp": "auto", **parallel}
+    path = training.write_config(tmp_path, train={"steps": 3}, checkpoint={"init_from": spec}, parallel=parallel)
+    section = model.model_dump(mode="json") | {"vocab_size": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": section}))
+    assert training.start(4, path, "train.stop_at=1", poisoned=(0,)) == [(0, "")] * 4
+    ours = read_weights(find(tmp_path / "run"))
+    assert set(ours) == set(parts)
+    for part, tensor in parts.items():
+        assert torch.equal(ours[part][:tensor.shape[0]], tensor), part
 
 
 def test_a_loss_under_two_layouts_is_transformers(tmp_path):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.foreign.pieces import Piece
 from megalm.checkpoint.format import CheckpointError
+from megalm.checkpoint.pieces import Piece
 from megalm.checkpoint.stream import Reader
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megalm.checkpoint.foreign.layout import Layout
 from megalm.checkpoint.foreign.pickles import PickleFiles
-from megalm.checkpoint.foreign.pieces import Foreign
 from megalm.checkpoint.foreign.sharded import merge
+from megalm.checkpoint.foreign.weights import Foreign
 from megalm.checkpoint.format import CheckpointError
 from megalm.checkpoint.huggingface.read import part_shapes
 from megalm.config.schema import Model

@@ -8,9 +8,9 @@ from functools import partial
 from torch import Tensor
 
 from megalm.checkpoint.foreign.layout import Layout, Shapes
-from megalm.checkpoint.foreign.pieces import Foreign, Piece
+from megalm.checkpoint.foreign.weights import Foreign
 from megalm.checkpoint.format import CheckpointError
-from megalm.checkpoint.load import PADDED_PARTS
+from megalm.checkpoint.pieces import PADDED_PARTS, Piece
 
 Views = Mapping[str, Sequence[Callable[[], Tensor]]]
 """Tensor name -> what opens it on each tp rank."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from megalm.checkpoint.foreign.megatron import open_megatron
 from megalm.checkpoint.foreign.neox import open_neox
-from megalm.checkpoint.foreign.pieces import Foreign
+from megalm.checkpoint.foreign.weights import Foreign
 from megalm.checkpoint.format import CheckpointError
 from megalm.checkpoint.fragment import WEIGHT_ROLES, Fragment
 from megalm.checkpoint.huggingface import differences, open_huggingface

@@ -1,10 +1,9 @@
-"""Parts of the model as boxes of tensors that lie elsewhere: any range of a part is copied from the boxes that it meets."""
+"""Another program's weights by part: what Weights is to a checkpoint."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,25 +11,15 @@ from torch import Tensor
 from megalm.checkpoint import boxes
 from megalm.checkpoint.format import CheckpointError
 from megalm.checkpoint.fragment import Fragment
-from megalm.checkpoint.load import PADDED_PARTS, box_view
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The elements of one part in `box`, (low, high) along every dim, as a tensor of the box's shape that `view` opens.
-
-    The view is of a mapped file: opening it reads nothing, and the file is let go of with the view.
-    """
-
-    box: boxes.Box
-    view: Callable[[], Tensor]
+from megalm.checkpoint.pieces import Piece, copy, wanted
 
 
 class Foreign(Mapping[str, Tensor]):
-    """Part name -> the whole tensor, on the CPU, read when it is asked for and not kept: what Weights is to a checkpoint.
+    """Part name -> the whole tensor, on the CPU, read when it is asked for and not kept.
 
-    `source`: where it all comes from, for messages. `shapes`: of every part, the vocabulary without padding. `release`:
-    lets go of files that stay open from one part to the next.
+    The pieces' views are of mapped files: opening one reads nothing, and the file is let go of with it. `source`: where it all
+    comes from, for messages. `shapes`: of every part, the vocabulary without padding. `release`: lets go of files that stay open
+    from one part to the next.
     """
 
     def __init__(self, source: str, shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[str, list[Piece]],
@@ -58,7 +47,6 @@ class Foreign(Mapping[str, Tensor]):
         self.fill(Fragment(part, "weight", shape, 0, low, high, 0, rows.view(-1)))
         return rows
 
-    @torch.no_grad()
     def fill(self, target: Fragment) -> None:
         """Copy the elements of a fragment of any layout. Rows of the vocabulary's padding stay as they are.
 
@@ -66,16 +54,8 @@ class Foreign(Mapping[str, Tensor]):
         """
         if target.part not in self._shapes:
             raise CheckpointError(f"{target.part} isn't in {self.source}")
-        shape, own = self._shapes[target.part], tuple(target.full_shape)
-        padded = target.part in PADDED_PARTS and shape[1:] == own[1:] and shape[0] <= own[0]
-        if shape != own and not padded:
-            raise CheckpointError(f"{target.part} has shape {list(shape)} in {self.source} and {list(own)} here")
-        for piece in self._pieces[target.part]:
-            for box in boxes.boxes(target):
-                common = boxes.intersect(box, piece.box)
-                if common is not None:
-                    within = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, piece.box, strict=True))
-                    box_view(target, common).copy_(piece.view()[within])
+        asked = wanted(target, self._shapes[target.part], self.source, padded=False)
+        copy(target, asked, self._pieces[target.part])
 
     def __getitem__(self, part: str) -> Tensor:
         return self.rows(part, 0, self._shapes[part][0])
