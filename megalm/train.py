@@ -137,7 +137,7 @@ def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str], 
     """The run's own newest checkpoint that isn't known to be damaged, else checkpoint.init_from's weights, else nothing."""
     fetched, resume = None, config.checkpoint.resume
     if config.checkpoint.remote is not None:
-        fetched = checkpoint.fetch_missing(config.train.dir, config.checkpoint.remote, resume, notes.append, damaged)
+        fetched = checkpoint.fetch_missing(config.train.dir, config.checkpoint.remote, resume, notes.append, damaged, _tell)
     resumed = fetched or checkpoint.choose(config.train.dir, resume, notes.append, damaged)
     if resumed is None:
         if config.checkpoint.init_from is None:
@@ -154,6 +154,11 @@ def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str], 
     # Of any that may have to stand in for it, too.
     replaces_all = all(checkpoint.replaces_all(path, plan) for path in checkpoint.whole(config.train.dir))
     return Source(resumed, step, consumed, replaces_all=replaces_all, finished=step >= _last_step(config))
+
+
+def _tell(line: str) -> None:
+    """At once: it may take long until there is a logger."""
+    print(f"megalm: {line}", flush=True)
 
 
 def _restore(config: Config, groups: Groups, tokenizer: Tokenizer, engine: Engine, source: Source, notes: list[str]) -> Source:
@@ -173,7 +178,7 @@ def _restore(config: Config, groups: Groups, tokenizer: Tokenizer, engine: Engin
             damaged.append(source.path)
             notes.append(f"skipped {source.path.name}: {error}")
             if groups.rank == 0:  # at once: the next may be damaged too, and then this is why
-                print(f"megalm: {notes[-1]}", flush=True)
+                _tell(notes[-1])
         source = groups.from_first(lambda: _source(config, groups.plan, tokenizer, notes, damaged))
     if source.foreign is not None:
         sources.load_foreign(source.foreign, engine, groups, config.model, groups.plan.vocab_size)

@@ -9,19 +9,15 @@ torch.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint import sealed
-from megalm.checkpoint.disk import Disk
-from megalm.checkpoint.find import Report, read_manifest
-from megalm.checkpoint.format import MANIFEST, TEMPORARY_PREFIX, index_file, inside, rank_file, step_name, step_of
+from megalm.checkpoint.find import read_manifest
+from megalm.checkpoint.format import MANIFEST, index_file, rank_file, step_name, step_of
 from megalm.checkpoint.retain import Retention
 from megalm.checkpoint.sealed import CheckpointError
-from megalm.checkpoint.verify import verify
 
-PROBLEMS_SHOWN = 3
 
 class Remote:
     """The checkpoints below one URL. Methods raise OSError, and what the storage's library raises."""
@@ -45,7 +41,7 @@ class Remote:
 
     def withdraw(self, step: int) -> None:
         """What is there of this step is no checkpoint any more: its files are about to be replaced."""
-        if self._files.exists(self._manifest(step)):
+        if self._exists(self._manifest(step)):
             self._files.rm_file(self._manifest(step))
 
     def complete(self, folder: Path, rule: Retention) -> None:
@@ -58,7 +54,7 @@ class Remote:
         self.upload(folder, [name for name in manifest["files"] if name not in ranks])
         for name, stated in manifest["files"].items():
             target = f"{self._path}/{folder.name}/{name}"
-            size = self._files.size(target) if self._files.exists(target) else None
+            size = self._files.size(target) if self._exists(target) else None
             if size != stated["bytes"]:
                 raise CheckpointError(f"{name} has {size} bytes there, not {stated['bytes']}")
         self.upload(folder, [MANIFEST])
@@ -66,41 +62,20 @@ class Remote:
 
     def steps(self) -> list[int]:
         """The steps of those that are complete, the newest first."""
-        if not self._files.exists(self._path):
+        try:
+            paths = self._files.ls(self._path, detail=False)
+        except FileNotFoundError:
             return []
-        found = {step_of(path.rstrip("/").rpartition("/")[2]) for path in self._files.ls(self._path, detail=False)}
-        return sorted((step for step in found if step is not None and self._files.exists(self._manifest(step))), reverse=True)
+        found = {step_of(path.rstrip("/").rpartition("/")[2]) for path in paths}
+        return sorted((step for step in found if step is not None and self._exists(self._manifest(step))), reverse=True)
 
-    def fetch(self, root: Path, report: Report, disk: Disk | None = None) -> Path | None:
-        """Copy the newest complete one into `root` as a checkpoint like those made there; None where none is whole.
+    def manifest(self, step: int) -> bytes:
+        """The content of its checkpoint.json."""
+        return self._files.cat_file(self._manifest(step))
 
-        One that can't be copied, or of which any byte isn't what was written, is skipped with a line.
-        """
-        disk = disk or Disk()
-        for step in self.steps():
-            temporary = root / f"{TEMPORARY_PREFIX}{step_name(step)}.fetched"
-            try:
-                disk.remove(temporary)
-                self._download(step, temporary)
-                problem = "; ".join(verify(temporary).problems[:PROBLEMS_SHOWN])
-                if not problem:
-                    disk.remove(root / step_name(step))
-                    disk.rename(temporary, root / step_name(step))
-                    report(f"fetched {self.url}/{step_name(step)}")
-                    return root / step_name(step)
-            except Exception as error:  # each storage's library has its own
-                problem = f"{type(error).__name__}: {error}"
-            report(f"skipped {self.url}/{step_name(step)}: {problem}")
-            shutil.rmtree(temporary, ignore_errors=True)
-        return None
-
-    def _download(self, step: int, target: Path) -> None:
-        target.mkdir(parents=True)
-        self._files.get_file(self._manifest(step), str(target / MANIFEST))
-        for name in read_manifest(target)["files"]:
-            path = inside(target, name)
-            path.parent.mkdir(exist_ok=True)
-            self._files.get_file(f"{self._path}/{step_name(step)}/{name}", str(path))
+    def get(self, step: int, name: str, target: Path) -> None:
+        """Copy one file of it to `target`."""
+        self._files.get_file(f"{self._path}/{step_name(step)}/{name}", str(target))
 
     def _retire(self, step: int, rule: Retention) -> None:
         whole = [(number, self._loss(number)) for number in self.steps() if number <= step]
@@ -112,8 +87,16 @@ class Remote:
                     self._files.rm(f"{self._path}/{step_name(number)}", recursive=True)
 
     def _loss(self, step: int) -> float | None:
-        content: Any = sealed.parse(self._files.cat_file(self._manifest(step)), Path(step_name(step)))
+        content: Any = sealed.parse(self.manifest(step), Path(step_name(step)))
         return content.get("eval_loss") if isinstance(content, dict) else None
 
     def _manifest(self, step: int) -> str:
         return f"{self._path}/{step_name(step)}/{MANIFEST}"
+
+    def _exists(self, path: str) -> bool:
+        """Whether there is such a file; fsspec's own `exists` says no where the storage doesn't answer."""
+        try:
+            self._files.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True

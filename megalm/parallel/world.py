@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +21,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+MEETING_SECONDS = 5.0
+"""How often the ranks meet while one of them is at work."""
 
 
 class LaunchError(ValueError):
@@ -89,8 +93,18 @@ class World:
         return result
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """Rank 0's result of `work`, which it alone runs; its ValueError or OSError is everybody's."""
-        return self.broadcast(self.agreed(lambda: work() if self.rank == 0 else None))
+        """Rank 0's result of `work`, which it alone runs; its ValueError or OSError is everybody's.
+
+        It may take hours, longer than a collective waits: meanwhile, the ranks meet every few seconds.
+        """
+        if self.world_size == 1:
+            return self.agreed(work)
+        future: Future[T] = Future()
+        if self.rank == 0:
+            threading.Thread(target=_settle, args=(future, work), daemon=True).start()
+        while not self.any(self.rank == 0 and bool(wait([future], MEETING_SECONDS).done)):
+            pass
+        return self.broadcast(self.agreed(lambda: future.result() if self.rank == 0 else None))
 
     def once_per_filesystem(self, work: Callable[[], None], folder: Path) -> None:
         """Run `work` on exactly one rank of each set of ranks that see the same `folder`; the others wait for it.
@@ -125,6 +139,13 @@ class World:
         finally:
             with contextlib.suppress(OSError):
                 marker.unlink(missing_ok=True)
+
+
+def _settle(future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # it is raised where the result is asked for
+        future.set_exception(error)
 
 
 def _refuse_unshared(folder: Path, key: str, missing: list[int]) -> None:

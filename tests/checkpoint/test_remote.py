@@ -1,6 +1,7 @@
 """checkpoint.remote: whole checkpoints on other storage, complete or invisible there, and a run that begins from it."""
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import sys
@@ -12,9 +13,12 @@ import pytest
 import torch
 
 from megalm.checkpoint import CheckpointError, Saver, fault, fetch_missing, find
+from megalm.checkpoint import fetch as fetching
+from megalm.checkpoint.fetch import fetch
 from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.retain import Retention
 from tests import training
+from tests.checkpoint.disks import Remembering
 from tests.checkpoint.fakes import SMALL, Crew, Hasty, draw, engines, plan, settings
 from tests.checkpoint.test_layouts import load_all, succeed, wrong
 
@@ -49,7 +53,7 @@ def test_what_was_copied_is_fetched_and_loads(url, tmp_path):
     assert remote.steps() == [3, 2]
     shutil.rmtree(tmp_path / "run")
     lines: list[str] = []
-    found = remote.fetch(tmp_path / "run/checkpoints", lines.append)
+    found = fetch(remote, tmp_path / "run/checkpoints", lines.append)
     assert found.name == "step_00000003" and lines == [f"fetched {url}/step_00000003"] and find(tmp_path / "run") == found
     targets = engines(SMALL, None, tp=3)
     succeed(load_all(tmp_path / "run", targets))
@@ -64,7 +68,7 @@ def test_without_every_file_there_is_no_checkpoint_there(url, tmp_path):
     remote.upload(folder, ["rank_00000.safetensors", "rank_00000.json", "rank_00001.json"])
     with pytest.raises(CheckpointError, match="rank_00001.safetensors has None bytes there, not"):
         remote.complete(folder, Retention(3))
-    assert remote.steps() == [] and remote.fetch(tmp_path / "other", lambda line: None) is None
+    assert remote.steps() == [] and fetch(remote, tmp_path / "other", lambda line: None) is None
 
 
 def test_a_step_saved_again_is_none_there_until_it_is_complete(url, tmp_path, monkeypatch):
@@ -84,7 +88,7 @@ def test_a_flipped_bit_there_is_found_before_anything_has_its_name(url, tmp_path
     content[-1] ^= 1
     files.pipe_file(name, bytes(content))
     lines: list[str] = []
-    assert Remote(url).fetch(tmp_path / "other", lines.append).name == "step_00000001"
+    assert fetch(Remote(url), tmp_path / "other", lines.append).name == "step_00000001"
     assert "aren't what was written" in lines[0] and [path.name for path in (tmp_path / "other").iterdir()] == ["step_00000001"]
 
 
@@ -93,9 +97,134 @@ def test_a_damaged_one_there_is_skipped_with_the_reason(url, tmp_path):
     files, path = fsspec.core.url_to_fs(url)
     files.pipe_file(f"{path}/step_00000002/plan.json", b"{}")
     lines: list[str] = []
-    found = Remote(url).fetch(tmp_path / "other", lines.append)
+    found = fetch(Remote(url), tmp_path / "other", lines.append)
     assert found.name == "step_00000001" and fault(found) is None
     assert len(lines) == 2 and lines[0].startswith(f"skipped {url}/step_00000002: plan.json has 2 bytes")
+
+
+class Storage(Remote):
+    """Remembers what is asked for, and breaks down at a file, for good or for so many times."""
+
+    def __init__(self, url: str, breaks_at: str = "", times: int = 99) -> None:
+        super().__init__(url)
+        self.breaks_at, self.times, self.asked = breaks_at, times, []
+
+    def get(self, step: int, name: str, target: Path) -> None:
+        self.asked.append(name)
+        if name == self.breaks_at and self.times > 0:
+            self.times -= 1
+            target.write_bytes(b"half of it")
+            raise ConnectionError("the line is down")
+        super().get(step, name, target)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(fetching, "PAUSES", (0.0, 0.0))
+
+
+def test_a_fetch_that_ended_early_is_gone_on_with(url, tmp_path, impatient):
+    """Nothing older is taken instead, what is complete isn't asked for again, and what is bad of it is."""
+    values = draw(SMALL)
+    save_there(tmp_path / "run", url, engines(SMALL, values, tp=3), (1, 2))
+    broken, root, lines = Storage(url, "rank_00001.safetensors"), tmp_path / "other/checkpoints", []
+    with pytest.raises(CheckpointError, match="rank_00001.safetensors can't be fetched: ConnectionError: the line is down"):
+        fetch(broken, root, lines.append)
+    assert broken.asked.count("rank_00001.safetensors") == 3 and find_none(root) and lines == []
+    kept = root / ".tmp_step_00000002.fetched/rank_00000.safetensors"
+    kept.write_bytes(bytes(kept.stat().st_size))  # a disk that forgot
+    sound = Storage(url)
+    assert fetch(sound, root, lines.append).name == "step_00000002" and lines == [f"fetched {url}/step_00000002"]
+    counts = {name: sound.asked.count(name) for name in sound.asked}
+    assert counts["rank_00000.safetensors"] == 1 and sound.asked.index("rank_00000.safetensors") > sound.asked.index("plan.json")
+    target = engines(SMALL, None)
+    succeed(load_all(root.parent, target))
+    assert wrong(target, values) == [] and not list(root.glob(".tmp*")) and not list(root.rglob("*part"))
+
+
+def find_none(root: Path) -> bool:
+    return not list(root.glob("step_*"))
+
+
+def test_what_is_complete_of_a_fetch_is_kept(url, tmp_path, impatient):
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL), tp=3), (1,))
+    broken, root = Storage(url, "rank_00001.safetensors", times=3), tmp_path / "other"
+    with pytest.raises(CheckpointError):
+        fetch(broken, root, print)
+    before, told = set(broken.asked) - {"rank_00001.safetensors"}, []
+    broken.asked.clear()
+    assert fetch(broken, root, print, tell=told.append) is not None and before and before.isdisjoint(broken.asked)
+    assert told[0].endswith(f"in {len(broken.asked)} files; {len(before)} are here already")
+
+
+def test_a_line_that_is_down_for_a_moment_costs_a_moment(url, tmp_path, impatient):
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL), tp=2), (1,))
+    assert fetch(Storage(url, "rank_00001.json", times=2), tmp_path / "other", print).name == "step_00000001"
+
+
+def test_another_checkpoint_of_that_step_is_fetched_anew(url, tmp_path, impatient):
+    """What is kept of a fetch is of what was there then."""
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL), tp=2), (1,))
+    with pytest.raises(CheckpointError):
+        fetch(Storage(url, "rank_00001.safetensors"), tmp_path / "other/checkpoints", print)
+    values = draw(SMALL, seed=1)
+    save_there(tmp_path / "run", url, engines(SMALL, values, tp=2), (1,))
+    fetch(Remote(url), tmp_path / "other/checkpoints", print)
+    target = engines(SMALL, None)
+    succeed(load_all(tmp_path / "other", target))
+    assert wrong(target, values) == []
+
+
+class Noting(Remembering):
+    """Notes which files are synced, too."""
+
+    def sync(self, handle: int) -> None:
+        self.log.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        super().sync(handle)
+
+
+def test_all_of_a_fetched_checkpoint_is_on_the_disk_before_it_has_its_name(url, tmp_path):
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL), tp=2), (1,))
+    disk = Noting()
+    folder = fetch(Remote(url), tmp_path / "other", print, disk=disk)
+    renamed = disk.log.index(("rename", ".tmp_step_00000001.fetched", "step_00000001"))
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "checkpoint.json"]
+    synced = [disk.log[number - 1] for number, entry in enumerate(disk.log) if entry[:2] == ("rename", ".tmp_part")]
+    assert len(synced) == len(files) and set(synced) == {("sync", ".tmp_part")}
+    assert disk.log.index(("write", "checkpoint.json")) < renamed
+    last = max(number for number, entry in enumerate(disk.log[:renamed]) if entry[0] == "rename")
+    assert ("sync_folder", ".tmp_step_00000001.fetched") in disk.log[last:renamed]
+    assert ("sync_folder", "other") in disk.log[renamed:]
+
+
+def test_storage_that_doesn_t_answer_starts_no_run_anew(tmp_path, monkeypatch, impatient):
+    """No checkpoint there and no answer from there are different things."""
+    monkeypatch.setattr(Remote, "steps", lambda self: (_ for _ in ()).throw(PermissionError(13, "no credentials")))
+    with pytest.raises(CheckpointError, match="^file:///bucket can't be fetched: PermissionError: .*no credentials"):
+        fetch_missing(tmp_path / "run", "file:///bucket", "auto", print)
+
+
+def test_steps_of_storage_that_doesn_t_answer_are_an_error(tmp_path, monkeypatch):
+    save_there(tmp_path / "run", f"file://{tmp_path}/elsewhere", engines(SMALL, draw(SMALL)), (1,))
+    remote = Remote(f"file://{tmp_path}/elsewhere")
+    monkeypatch.setattr(type(remote._files), "info", lambda self, path, **more: (_ for _ in ()).throw(OSError("no answer")))
+    with pytest.raises(OSError, match="no answer"):
+        remote.steps()
+
+
+def test_a_damaged_newest_is_fetched_though_an_older_one_is_whole(tmp_path):
+    """Of a rewound run, nothing newer than where it was rewound to."""
+    url, run, lines = f"file://{tmp_path}/elsewhere", tmp_path / "run", []
+    save_there(run, url, engines(SMALL, draw(SMALL)), (1, 2, 3))
+    (run / "checkpoints/step_00000003/config.json").unlink()
+    assert fetch_missing(run, url, "auto", lines.append).name == "step_00000003"
+    assert lines == [f"fetched {url}/step_00000003", "skipped step_00000003: config.json is missing"]
+    (run / "checkpoints/latest").write_text("step_00000002\n")
+    assert fetch_missing(run, url, "auto", lines.append) is None
+    (run / "checkpoints/step_00000002/config.json").unlink()
+    assert fetch_missing(run, url, "auto", lines.append).name == "step_00000002"
+    assert fetch_missing(run, url, "auto", lines.append, [run / "checkpoints/step_00000002"]).name == "step_00000002"
+    assert fetch_missing(run, url, "auto", lines.append, [run / "checkpoints/step_00000002"] * 2) is None
 
 
 def test_trouble_there_is_told_and_stops_nothing(tmp_path):
@@ -161,7 +290,8 @@ def test_damaged_ones_here_don_t_hide_the_one_there(tmp_path):
     assert fetch_missing(tmp_path / "run", url, "auto", lines.append) == folder and fault(folder) is None
     assert fetch_missing(tmp_path / "run", url, "auto", lines.append, [folder]) == folder
     assert fetch_missing(tmp_path / "run", url, "auto", lines.append, [folder, folder]) is None
-    assert lines == [f"fetched {url}/step_00000001"] * 2
+    assert [line for line in lines if line.startswith("fetched")] == [f"fetched {url}/step_00000001"] * 2
+    assert [line.partition(": ")[0] for line in lines[1::2]] == ["skipped step_00000001"] * 2, "and why"
 
 
 def test_a_run_that_lost_its_folder_goes_on_bitwise(tmp_path):

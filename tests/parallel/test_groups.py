@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from megalm.parallel.groups import TensorParallel, start
 from megalm.parallel.handshake import shake_hands
 from megalm.parallel.stop import StopSignal
-from megalm.parallel.world import LaunchError
+from megalm.parallel.world import LaunchError, World
 from megalm.plan.topology import Topology
 from tests import dist as ranks
 
@@ -51,6 +53,24 @@ def test_grid_and_agreement(tmp_path):
     assert [one["agreed"] for one in found] == [f"by {rank}" for rank in range(8)]
     assert {one["first"] for one in found} == {"by 0"}
     assert list((tmp_path / "shared").iterdir()) == []
+
+
+def run_long_work(rank: int, world: int) -> str:
+    control = torch.distributed.new_group(timeout=timedelta(seconds=1))
+    groups = World(rank, world, torch.device("cpu"), control)
+
+    def work() -> str:
+        time.sleep(2.5)
+        return f"by {rank}"
+
+    with mock.patch("megalm.parallel.world.MEETING_SECONDS", 0.2):
+        with pytest.raises(ValueError, match="nothing there"):
+            groups.from_first(lambda: (_ for _ in ()).throw(ValueError("nothing there")))
+        return groups.from_first(work)
+
+
+def test_rank_0_may_work_for_longer_than_a_collective_waits():
+    assert ranks.run(run_long_work, 2) == ["by 0"] * 2
 
 
 def run_unshared(rank: int, world: int, folder) -> str:
