@@ -119,18 +119,21 @@ def _folders(arguments: argparse.Namespace) -> list[Path]:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from megalm.checkpoint.diff import setting_differences, tensor_differences
+    from megalm.checkpoint.diff import Tensors, setting_differences
 
     one, other = (find(folder, _report) for folder in arguments.folders)
     settings = setting_differences(one, other)
     for difference in settings:
         print(f"{difference.path}: {difference.stored!r} and {difference.current!r}")
-    count = 0
-    for count, found in enumerate(tensor_differences(one, other), 1):  # noqa: B007
+    tensors, count = Tensors(one, other), 0
+    only = [(folder, held) for folder, held in zip(arguments.folders, tensors.only(), strict=True) if held]
+    for folder, held in only:
+        print(f"only in {folder}: {', '.join(held)}")
+    for count, found in enumerate(tensors.differences(), 1):  # noqa: B007
         largest = "" if found.largest is None else f", largest difference {found.largest:.3g}"
         print(f"{found.role} of {found.part}: {found.what}{largest}")
     print(f"{len(settings)} settings and {count} tensors differ")
-    return FOUND if settings or count else 0
+    return FOUND if settings or only or count else 0
 
 
 if __name__ == "__main__":

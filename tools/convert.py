@@ -26,6 +26,7 @@ from megalm.checkpoint.stream import Reader, write_weights
 from megalm.config import load
 from megalm.config.schema import Model
 from megalm.data import DataError, load_tokenizer
+from megalm.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from megalm.plan import make_plan
 from megalm.tools._command import Parser, run
 
@@ -33,6 +34,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ORIGIN = "huggingface"
 """Folder of a checkpoint with the config.json and other files of the folder that it was made of."""
+TOKENIZER_FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+"""What Hugging Face's libraries call a tokenizer's file."""
+SETTINGS = "tokenizer_config.json"
 
 
 class Opened(NamedTuple):
@@ -88,7 +92,7 @@ def _open(spec: str, ema: bool) -> Opened:
         found = open_huggingface(path)
         files = {file.name: file for file in found.beside}
         dtype = found.weights.dtype("embedding.word.weight")
-        return Opened(found.model, found.weights, NAMES.get(dtype, "fp32"), files, _tokenizer_of(files, found.config))
+        return Opened(found.model, found.weights, NAMES.get(dtype, "fp32"), files, _tokenizer_of(files))
     folder = find(path)
     config = load(folder / "config.json")
     section = config.tokenizer.model_dump(mode="json")
@@ -112,16 +116,35 @@ def _open_described(spec: str, config_path: str | None) -> Opened:
     return Opened(model, weights, dtype, {}, config.tokenizer.model_dump(mode="json"))
 
 
-def _tokenizer_of(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokenizer section that a Hugging Face folder means: tokenizer.json, else tokenizer.model, else bytes stand in."""
-    if "tokenizer.json" in files:
-        settings = read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
-        eos = settings.get("eos_token")
-        eod = eos.get("content") if isinstance(eos, dict) else eos
-        return {"type": "huggingface", "path": str(files["tokenizer.json"]), "eod": eod}
-    if "tokenizer.model" in files:
-        return {"type": "sentencepiece", "path": str(files["tokenizer.model"]), "eod": None}
-    return {"type": "bytes", "path": None, "eod": None}
+def _tokenizer_of(files: Mapping[str, Path]) -> dict[str, Any]:
+    """The tokenizer section that a Hugging Face folder means: tokenizer.json, else a sentencepiece model, tokenizer.model or the
+    only one of another name; else bytes stand in."""
+    if TOKENIZER_FILES["huggingface"] in files:
+        path = files[TOKENIZER_FILES["huggingface"]]
+        return {"type": "huggingface", "path": str(path), "eod": _end_of_text(files, path)}
+    models, usual = sorted(name for name in files if name.endswith(".model")), TOKENIZER_FILES["sentencepiece"]
+    if not models:
+        return {"type": "bytes", "path": None, "eod": None}
+    if len(models) > 1 and usual not in models:
+        raise CheckpointError(f"{files[models[0]].parent}: which of {', '.join(models)} is the tokenizer? Name it {usual}")
+    section = {"type": "sentencepiece", "path": str(files[usual if usual in models else models[0]]), "eod": _end_of_text(files)}
+    try:
+        load_tokenizer(argparse.Namespace(**section))
+    except DataError:  # no piece of the model, which names an end of its own
+        section["eod"] = None
+    return section
+
+
+def _end_of_text(files: Mapping[str, Path], tokenizer: Path | None = None) -> str | None:
+    """The eos_token of tokenizer_config.json, else what config.json's eos_token_id is in the tokenizer.json."""
+    settings = read_json(files[SETTINGS]) if SETTINGS in files else {}
+    eos = settings.get("eos_token") if isinstance(settings, Mapping) else None
+    if eos is not None:
+        return eos.get("content") if isinstance(eos, Mapping) else eos
+    number = read_json(files[CONFIG]).get("eos_token_id") if CONFIG in files else None
+    if tokenizer is None or not isinstance(number, int):
+        return None
+    return HuggingFaceTokenizer(tokenizer).token(number)
 
 
 def _to_checkpoint(folder: Path, opened: Opened, dtype: torch.dtype | None) -> None:
@@ -136,7 +159,7 @@ def _to_checkpoint(folder: Path, opened: Opened, dtype: torch.dtype | None) -> N
     config = run_config(opened.model, name, section, str(folder), opened.model.vocab_multiple if padded else 1)
     documents = {"config.json": config.model_dump(mode="json"), "plan.json": make_plan(config, 1).to_dict()}
     write_weights(folder, opened.weights, documents, files, dtype)
-    print(f"{folder}: {len(list(opened.weights))} parts; the tokenizer is {section['path'] or 'bytes'}")
+    print(f"{folder}: {len(list(opened.weights))} parts; {_told(section, opened.model.vocab_size)}")
 
 
 def _to_huggingface(folder: Path, opened: Opened, dtype: torch.dtype | None, arguments: argparse.Namespace) -> None:
@@ -149,16 +172,28 @@ def _to_huggingface(folder: Path, opened: Opened, dtype: torch.dtype | None, arg
     stored = {opened.weights.dtype(part) for part in opened.weights}
     # The fp32 masters of a bf16 run become what it computed with; weights that were stored as they are stay so.
     dtype = dtype or (DTYPES[opened.dtype] if stored == {torch.float32} else None)
-    files = [path for name, path in origin.items() if name != CONFIG]
+    files = {name: path for name, path in origin.items() if name != CONFIG}
     if not config:
-        config, more = config_json(family, opened.model, opened.model.vocab_size), _tokenizer_files(opened.tokenizer)
-        config |= _end_of_document(opened.tokenizer)
-        files += [path for path in more if path.name not in origin]
+        config = config_json(family, opened.model, opened.model.vocab_size) | _end_of_document(opened.tokenizer)
+    section, theirs = opened.tokenizer, _tokenizer_of(files)
+    if section["path"] and theirs["path"] is None:
+        files[TOKENIZER_FILES[section["type"]]] = Path(section["path"])
     named = {key: NAMES.get(dtype or next(iter(stored)), "fp32") for key in ("dtype", "torch_dtype")}
     words = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     config = {key: value for key, value in config.items() if key not in named} | {"torch_dtype": words[named["dtype"]]}
     write_huggingface(folder, family, opened.model, opened.weights, config, files, dtype=dtype)
-    print(f"{folder}: {config['architectures'][0]}, {words[named['dtype']]}")
+    written = {str(path): name for name, path in files.items()}.get(_tokenizer_of(files)["path"])
+    told = _told({"path": written}, opened.model.vocab_size)
+    print(f"{folder}: {config['architectures'][0]}, {words[named['dtype']]}; {told}")
+
+
+def _told(section: Mapping[str, Any], vocab_size: int) -> str:
+    """What is said of a tokenizer. A model of other tokens that comes without one speaks bytes, which mean nothing to it."""
+    if section["path"]:
+        return f"the tokenizer is {Path(section['path']).name}"
+    if vocab_size == BytesTokenizer.vocab_size:
+        return "the tokenizer is bytes"
+    return f"neither tokenizer.json nor a .model of sentencepiece came with these {vocab_size:,} tokens: bytes stand in for it"
 
 
 def _beside(folder: Path) -> list[Path]:
@@ -178,10 +213,6 @@ def _original_config(origin: Mapping[str, Path], model: Model, arguments: argpar
     if problems and arguments.like:
         raise CheckpointError(f"--like {arguments.like} is another model: " + "; ".join(problems))
     return config if not problems and arguments.family in (None, config["model_type"]) else None
-
-
-def _tokenizer_files(section: Mapping[str, Any]) -> list[Path]:
-    return [Path(section["path"])] if section["path"] else []
 
 
 def _end_of_document(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -174,5 +174,9 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eod], skip_special_tokens=True)
 
+    def token(self, number: int) -> str | None:
+        """The token with this id, as the file spells it."""
+        return self._tokenizer.id_to_token(number) if number >= 0 else None
+
     def files(self) -> list[Path]:
         return [self.path]

@@ -172,7 +172,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path):
     save(build("llama"), tmp_path / "one")
     found = open_huggingface(tmp_path / "one")
     with pytest.raises(FileNotFoundError):
-        write_huggingface(tmp_path / "two", "llama", found.model, found.weights, {}, [tmp_path / "nothing"], disk=Hasty())
+        write_huggingface(tmp_path / "two", "llama", found.model, found.weights, {}, {"a": tmp_path / "nothing"}, disk=Hasty())
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
     with pytest.raises(CheckpointError, match="one is there already"):
         write_huggingface(tmp_path / "one", "llama", found.model, found.weights, {}, disk=Hasty())

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from megalm.tools.checkpoint import main
 from tests.checkpoint.fakes import SMALL, draw, engines, plant, save_all
@@ -69,6 +70,26 @@ def test_diff_names_settings_and_tensors(run, capsys):
     largest = (draw(SMALL, seed=0)["head.weight", "master"] - draw(SMALL, seed=1)["head.weight", "master"]).abs().max().item()
     assert f"master of head.weight: 768 of 768 elements, largest difference {largest:.3g}\n" in text
     assert text.endswith(f"and {3 * len(SMALL)} tensors differ\n")
+
+
+def test_diff_compares_what_both_have(tmp_path, capsys):
+    """A run's checkpoint, with fp32 masters and moments, and a converted one, with weights alone and no padding."""
+    values, parts = draw(SMALL), {**SMALL, "embedding.word.weight": ((60, 12), 0)}
+    values["final_norm.weight", "master"][3] = 0
+    run, converted = (tmp_path / name for name in ("run", "converted"))
+    succeed(save_all(run, 1, engines(SMALL, values, tp=2, dp=2)))
+    weights = {(part, "weight"): values[part, "master"][: parts[part][0][0]].bfloat16() for part in SMALL}
+    weights["final_norm.weight", "weight"][3] += 1
+    succeed(save_all(converted, 1, engines(parts, weights, roles=("weight",), dtype=torch.bfloat16)))
+    assert main(["diff", str(run), str(converted)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "only in" in line] == [f"only in {run}: moments"]
+    assert [line for line in lines if line.startswith("master and weight of")] == [
+        "master and weight of embedding.word.weight: the same, and 64 and 60 rows with the padding",
+        "master and weight of final_norm.weight: 1 of 12 elements, largest difference 1"]
+    assert lines[-1].endswith("and 2 tensors differ")
+    assert main(["diff", str(converted), str(run)]) == 1
+    assert f"only in {run}: moments" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, line", [

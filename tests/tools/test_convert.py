@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from megalm.checkpoint import find, read_weights
+from megalm.data.tokenizer import TokenizerSource, load_tokenizer
 from megalm.tools.convert import main
 from megalm.tools.generate import load_model
 from tests.checkpoint.test_huggingface import change_config, equal, tensors
+from tests.data.models import make_sentencepiece
 from tests.model.transformers_weights import VOCAB, build, save
 from tests.tools.test_generate import CPU, GPT2, LLAMA, checkpoint
 
@@ -51,6 +53,42 @@ def test_there_and_back(name, tmp_path):
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0, -1]
     torch.testing.assert_close(loaded.next_logits([ids])[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind, theirs", [("sentencepiece", "tokenizer.model"), ("huggingface", "tokenizer.json")])
+def test_the_tokenizer_of_a_run_goes_there_and_back(kind, theirs, tmp_path, capsys):
+    """Under the name that Hugging Face's libraries look for; a sentencepiece model is found under any."""
+    if kind == "sentencepiece":
+        make_sentencepiece(tmp_path / "of a run.model")
+        source = TokenizerSource(kind, str(tmp_path / "of a run.model"))
+    else:
+        wordlevel(tmp_path)
+        (tmp_path / "tokenizer.json").rename(tmp_path / "of a run.json")
+        source = TokenizerSource(kind, str(tmp_path / "of a run.json"), "<eos>")
+    text, own = "w1 w7 w20", load_tokenizer(source)
+    folder, _ = checkpoint(tmp_path / "run", LLAMA, tokenizer={"type": kind, "path": source.path, "eod": source.eod})
+    assert main(["--from", str(folder), "--to", f"hf:{tmp_path / 'hf'}"]) == 0
+    assert f"the tokenizer is {theirs}" in capsys.readouterr().out
+    assert (tmp_path / "hf" / theirs).read_bytes() == Path(source.path).read_bytes()
+    if kind == "sentencepiece":
+        (tmp_path / "hf" / theirs).rename(tmp_path / "hf" / "spm.model")
+    assert main(["--from", f"hf:{tmp_path / 'hf'}", "--to", str(tmp_path / "back")]) == 0
+    assert "the tokenizer is bytes" not in capsys.readouterr().out
+    found = load_model(find(tmp_path / "back"), CPU).tokenizer
+    assert (found.type, found.vocab_size, found.eod, found.encode(text)) == (kind, own.vocab_size, own.eod, own.encode(text))
+    assert main(["--from", str(tmp_path / "back"), "--to", f"hf:{tmp_path / 'again'}"]) == 0
+    assert any(path.read_bytes() == Path(source.path).read_bytes() for path in (tmp_path / "again").glob("*.[mj]*"))
+
+
+def test_several_models_and_none(tmp_path, capsys):
+    save(build("llama"), tmp_path / "hf")
+    assert main(["--from", f"hf:{tmp_path / 'hf'}", "--to", str(tmp_path / "none")]) == 0
+    assert f"neither tokenizer.json nor a .model of sentencepiece came with these {VOCAB:,} tokens" in capsys.readouterr().out
+    for name in ("a.model", "b.model"):
+        (tmp_path / "hf" / name).write_bytes(b"")
+    assert main(["--from", f"hf:{tmp_path / 'hf'}", "--to", str(tmp_path / "two")]) == 2
+    error = capsys.readouterr().err
+    assert "which of a.model, b.model is the tokenizer? Name it tokenizer.model" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("model, family", [(GPT2, "gpt2"), (LLAMA, "qwen3")], ids=["gpt2", "qwen3"])

@@ -34,8 +34,9 @@ class HuggingFace:
 
     @property
     def beside(self) -> list[Path]:
-        """config.json and the files that go with it."""
-        return [path for name in (CONFIG, *BESIDE) if (path := self.folder / name).is_file()]
+        """config.json and the files that go with it: the usual ones, and sentencepiece models of any name."""
+        named = [path for name in (CONFIG, *BESIDE) if (path := self.folder / name).is_file()]
+        return [*named, *(path for path in sorted(self.folder.glob("*.model")) if path.is_file() and path not in named)]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

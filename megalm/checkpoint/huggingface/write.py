@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ FILE = "model.safetensors"
 
 
 def write_huggingface(folder: Path, family: str, model: Model, weights: Reader, config: Mapping[str, Any],
-                      files: Sequence[Path] = (), *, dtype: torch.dtype | None = None, file_bytes: int = FILE_BYTES,
+                      files: Mapping[str, Path] | None = None, *, dtype: torch.dtype | None = None, file_bytes: int = FILE_BYTES,
                       disk: Disk | None = None) -> None:
-    """Write config.json, the weights in files of about `file_bytes` and an index of them, and copies of `files`.
+    """Write config.json, the weights in files of about `file_bytes` and an index of them, and copies of `files`, {name: file}.
 
     `model` has the vocabulary's true size: rows of its padding are left out. `dtype`: of all tensors; default: each one's own.
     Raises CheckpointError or OSError; then nothing is left.
@@ -40,8 +40,8 @@ def write_huggingface(folder: Path, family: str, model: Model, weights: Reader, 
             weight_map = {tensor.name: name for name, members in zip(names, groups, strict=True) for tensor in members}
             index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
             disk.write(temporary / f"{FILE}.index.json", [_json(index)])
-        for source in files:
-            disk.write(temporary / source.name, [source.read_bytes()])
+        for name, source in (files or {}).items():
+            disk.write(temporary / name, [source.read_bytes()])
         disk.write(temporary / CONFIG, [_json(config)])
 
 
