@@ -96,6 +96,8 @@ def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[s
         held.enter_context(saver)
         if config.checkpoint.every and config.checkpoint.async_:
             saver.write_in_background(groups.device)
+        if source.path is not None and not source.weights_only:
+            saver.copies.offer(source.step)  # which the run before may have had to leave here
         code = _loop(Run(config, groups, engine, loader, valid, logger, stop, saver, source.consumed), source.step)
         groups.leave()
         return code
@@ -255,19 +257,18 @@ def _steps(run: Run, first: int) -> int:
             return _stopped(run, f"step {done} changed the weights with a loss or gradients that are not finite", first)
         if bad == config.train.max_bad_steps:
             return _stopped(run, f"{bad} steps in a row with non-finite loss or gradients", first)
-        asked, saving = run.groups.highest(run.stop.kind, run.saver.state)
+        asked, copying, saving = run.groups.highest(run.stop.kind, run.saver.copies.state, run.saver.state)
+        run.saver.copies.progress(copying)  # before a checkpoint that is whole now begins to be copied
         run.saver.progress(saving)
         eval_loss = None
         if asked == GOING_ON and config.train.eval_every and (_due(done, config.train.eval_every) or done == last):
             eval_loss, asked = _evaluate(run, done)
         leaving = done == _last_step(config) or asked != GOING_ON
-        if asked == PREEMPTION:
-            run.saver.stay_here()
-        if leaving or _due(done, config.checkpoint.every):
-            run.saver.save(done, run.consumed, eval_loss)
         if leaving:
-            run.saver.finish()
+            _last_save(run, done, eval_loss, asked)
             break
+        if _due(done, config.checkpoint.every):
+            run.saver.save(done, run.consumed, eval_loss)
     for line in told(run.loader.dataset.taken(run.consumed)):
         run.logger.note(f"data until step {done}: {line}")
     if done < last:
@@ -276,9 +277,32 @@ def _steps(run: Run, first: int) -> int:
     return PREEMPTED if asked == PREEMPTION and done < _last_step(config) else 0
 
 
+def _last_save(run: Run, done: int, eval_loss: float | None, asked: int) -> None:
+    """Save what nothing would save later: a failure (a writer that was killed, a full disk) is met with a second attempt. Then
+    wait for copies elsewhere, unless the ranks must leave at once, or are asked to stop meanwhile.
+
+    Raises CheckpointError when the second attempt fails too.
+    """
+    for last in (False, True):
+        try:
+            run.saver.save(done, run.consumed, eval_loss)
+            run.saver.finish()
+        except CheckpointError as error:
+            if last and run.saver.saved != done:
+                raise
+            run.logger.note(str(error))
+        if run.saver.saved == done:
+            break
+    run.saver.copies.finish(lambda: asked == PREEMPTION or run.stop.kind > asked)
+
+
 def _stopped(run: Run, why: str, first: int) -> int:
     """Give up on the training, not because of the user. A checkpoint on its way is of better times."""
-    run.saver.finish()
+    try:
+        run.saver.finish()
+    except CheckpointError as error:
+        run.logger.note(str(error))
+    run.saver.copies.finish(lambda: run.stop.kind != GOING_ON)
     saved = run.saver.saved or first
     kept = f"the newest checkpoint is that of step {saved}" if saved else "there is no checkpoint yet"
     return _give_up(run, f"stopped: {why}; {kept}", FAILED)

@@ -33,6 +33,9 @@ class OneRank:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def highest(self, *values: int) -> list[int]:
+        return list(values)
+
 
 class Hasty(Disk):
     """Doesn't wait for the disk."""
@@ -77,7 +80,7 @@ def values(seed: int) -> dict[tuple[str, str], torch.Tensor]:
 
 def saver(folder: Path, held: Held, disk: Disk | None = None, keep: int = 3) -> Saver:
     """What saves `held` into the run's folder."""
-    rule = SimpleNamespace(keep=keep, keep_every=0, keep_best=0, remote=None)
+    rule = SimpleNamespace(keep=keep, keep_every=0, keep_best=0, remote=None, max_failures=1)
     config = SimpleNamespace(checkpoint=rule, model_dump=lambda mode: {"model": {"hidden_size": 16}})
     numbers = {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 1, "sequence_parallel": False, "padded_vocab_size": 40}
     plan = SimpleNamespace(**numbers, to_dict=lambda: numbers)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.disk import Disk
-from megalm.checkpoint.format import StoredFragment, index_file, rank_file, step_name
+from megalm.checkpoint.format import StoredFragment, step_name
 from megalm.checkpoint.parts import Content, write_part
 from megalm.checkpoint.publish import clean, describe_whole, point_latest, publish
 from megalm.checkpoint.remote import Remote
@@ -31,11 +31,13 @@ class Answer:
 
 @dataclass
 class Performer:
-    """Does jobs on a disk, below one run's checkpoints/. `needed`: bytes of the part last written, for what errors say."""
+    """Does jobs on a disk, below one run's checkpoints/. `needed`: bytes of the part last written, for what errors say.
+    `moved` is called whenever some bytes have reached other storage."""
 
     root: Path
     disk: Disk
     needed: int = 0
+    moved: Callable[[], None] = lambda: None
 
     def part(self, folder: str, rank: int, entries: Sequence[StoredFragment], content: Content) -> Answer:
         """Write this rank's part into a folder that any rank may have to make."""
@@ -48,33 +50,31 @@ class Performer:
         return Answer(self._attempt("writing its part", work))
 
     def whole(self, folder: str, manifest: Mapping[str, Any], documents: Mapping[str, Any], tokenizer_files: Sequence[str],
-              retention: Mapping[str, int]) -> Answer:
-        """Make a checkpoint of the parts in the folder: describe it, give it its name, delete those that need not stay."""
+              retention: Mapping[str, int], needed: Sequence[int] = ()) -> Answer:
+        """Make a checkpoint of the parts in the folder: describe it, give it its name, delete those that need not stay. `needed`:
+        steps of checkpoints that are still being copied elsewhere."""
         temporary, step, disk = self.root / folder, manifest["step"], self.disk
         problem = self._attempt("describing it", lambda: describe_whole(temporary, manifest, documents, tokenizer_files, disk))
         problem = problem or self._attempt("publishing it", lambda: publish(self.root, temporary, step, self.disk))
         if problem:
             return Answer(problem)
         problem = self._attempt(POINTING, lambda: point_latest(self.root, self.disk))
-        notes = [] if problem else retire(self.root, step, Retention(**retention), self.disk)
+        notes = [] if problem else retire(self.root, step, Retention(**retention), self.disk, needed)
         return Answer(problem, notes)
 
     def withdraw(self, url: str, step: int) -> Answer:
         """Before any rank replaces a file of that step's checkpoint on other storage, it is none there any more."""
-        return self._quiet(url, step, lambda: Remote(url).withdraw(step))
+        return Answer(self._attempt("copying it", lambda: Remote(url).withdraw(self.root / step_name(step))))
 
-    def upload(self, url: str, step: int, rank: int) -> Answer:
-        """Copy this rank's files of a whole checkpoint to other storage. Trouble there stops no training."""
+    def upload(self, url: str, step: int, rank: int, ranks: int) -> Answer:
+        """Copy one of `ranks` shares of a whole checkpoint's rank files to other storage."""
         folder = self.root / step_name(step)
-        return self._quiet(url, step, lambda: Remote(url).upload(folder, [rank_file(rank), index_file(rank)]))
+        return Answer(self._attempt("copying it", lambda: Remote(url).upload_share(folder, rank, ranks, self.moved)))
 
     def complete(self, url: str, step: int, retention: Mapping[str, int]) -> Answer:
         """Make a checkpoint there of what the ranks have copied."""
-        return self._quiet(url, step, lambda: Remote(url).complete(self.root / step_name(step), Retention(**retention)))
-
-    def _quiet(self, url: str, step: int, work: Callable[[], None]) -> Answer:
-        problem = self._attempt("copying it", work)
-        return Answer(notes=[f"{step_name(step)} isn't in {url}, only in {self.root}: {problem}"] if problem else [])
+        folder = self.root / step_name(step)
+        return Answer(self._attempt("copying it", lambda: Remote(url).complete(folder, Retention(**retention))))
 
     def clean(self) -> Answer:
         """Remove what attempts have left. On a disk that fails it stays, under hidden names, and the next run tries again."""

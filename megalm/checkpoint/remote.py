@@ -1,6 +1,6 @@
 """Checkpoints on other storage: any path that fsspec knows, such as s3://bucket/run, beside the run's own folder.
 
-train.dir stays where checkpoints are made and read; a whole one is copied from there, each rank's writer its own two files,
+train.dir stays where checkpoints are made and read; a whole one is copied from there (uploads.py), by each rank its own files,
 and checkpoint.json last, by rank 0, once all other files are there in their sizes: object stores have no rename, and a folder
 without checkpoint.json is none. Whether large files go in parts is up to fsspec's package for the storage. Nothing here needs
 torch.
@@ -9,6 +9,7 @@ torch.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,31 @@ class Remote:
             raise CheckpointError(f"checkpoint.remote {url!r}: {error}") from error
         self.url, self._path = url, path.rstrip("/")
 
-    def upload(self, folder: Path, names: list[str]) -> None:
-        """Copy these files of a whole checkpoint's folder."""
+    def has(self, folder: Path) -> bool:
+        """Whether this very checkpoint is complete there."""
+        there = self._manifest(folder.name)
+        return self._exists(there) and self._files.cat_file(there) == (folder / MANIFEST).read_bytes()
+
+    def upload(self, folder: Path, names: list[str], moved: Callable[[], None] = lambda: None) -> None:
+        """Copy these files of a whole checkpoint's folder. `moved` is called whenever some bytes are there."""
+        from fsspec.callbacks import Callback
+
         for name in names:
             target = f"{self._path}/{folder.name}/{name}"
             self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._files.put_file(str(folder / name), target)
+            self._files.put_file(str(folder / name), target, callback=Callback(hooks={"moved": lambda *_, **__: moved()}))
+            moved()
 
-    def withdraw(self, step: int) -> None:
-        """What is there of this step is no checkpoint any more: its files are about to be replaced."""
-        if self._exists(self._manifest(step)):
-            self._files.rm_file(self._manifest(step))
+    def upload_share(self, folder: Path, rank: int, ranks: int, moved: Callable[[], None] = lambda: None) -> None:
+        """Copy every `ranks`-th pair of rank files from the `rank`-th on; nothing where the checkpoint is there already."""
+        if not self.has(folder):
+            numbers = range(rank, read_manifest(folder)["world_size"], ranks)
+            self.upload(folder, [name for number in numbers for name in (rank_file(number), index_file(number))], moved)
+
+    def withdraw(self, folder: Path) -> None:
+        """What is there of this step, unless it is this very checkpoint, is none any more: its files are about to be replaced."""
+        if not self.has(folder) and self._exists(self._manifest(folder.name)):
+            self._files.rm_file(self._manifest(folder.name))
 
     def complete(self, folder: Path, rule: Retention) -> None:
         """Copy what no rank has, checkpoint.json last, and delete what the rule doesn't keep.
@@ -50,6 +65,8 @@ class Remote:
         Raises CheckpointError, and leaves the upload without a checkpoint.json, where a rank's file isn't there.
         """
         manifest = read_manifest(folder)
+        if self.has(folder):
+            return
         ranks = {name for rank in range(manifest["world_size"]) for name in (rank_file(rank), index_file(rank))}
         self.upload(folder, [name for name in manifest["files"] if name not in ranks])
         for name, stated in manifest["files"].items():
@@ -67,11 +84,12 @@ class Remote:
         except FileNotFoundError:
             return []
         found = {step_of(path.rstrip("/").rpartition("/")[2]) for path in paths}
-        return sorted((step for step in found if step is not None and self._exists(self._manifest(step))), reverse=True)
+        complete = (step for step in found if step is not None and self._exists(self._manifest(step_name(step))))
+        return sorted(complete, reverse=True)
 
     def manifest(self, step: int) -> bytes:
         """The content of its checkpoint.json."""
-        return self._files.cat_file(self._manifest(step))
+        return self._files.cat_file(self._manifest(step_name(step)))
 
     def get(self, step: int, name: str, target: Path) -> None:
         """Copy one file of it to `target`."""
@@ -82,7 +100,7 @@ class Remote:
         kept = rule.kept(whole)
         for number, _ in whole:
             if number not in kept:
-                self._files.rm_file(self._manifest(number))  # first: what is left is none any more
+                self._files.rm_file(self._manifest(step_name(number)))  # first: what is left is none any more
                 with contextlib.suppress(FileNotFoundError):
                     self._files.rm(f"{self._path}/{step_name(number)}", recursive=True)
 
@@ -90,8 +108,8 @@ class Remote:
         content: Any = sealed.parse(self.manifest(step), Path(step_name(step)))
         return content.get("eval_loss") if isinstance(content, dict) else None
 
-    def _manifest(self, step: int) -> str:
-        return f"{self._path}/{step_name(step)}/{MANIFEST}"
+    def _manifest(self, name: str) -> str:
+        return f"{self._path}/{name}/{MANIFEST}"
 
     def _exists(self, path: str) -> bool:
         """Whether there is such a file; fsspec's own `exists` says no where the storage doesn't answer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,9 @@ class Retention:
         return {*newest, *multiples, *(-step for _, step in measured[: self.best])}
 
 
-def retire(root: Path, step: int, rule: Retention, disk: Disk) -> list[str]:
-    """Delete the checkpoints up to `step`, the one just saved, that the rule doesn't keep; returns what couldn't be done.
+def retire(root: Path, step: int, rule: Retention, disk: Disk, needed: Collection[int] = ()) -> list[str]:
+    """Delete the checkpoints up to `step`, the one just saved, that the rule doesn't keep; returns what couldn't be done. Those
+    of the steps `needed` stay for now.
 
     Nothing is deleted unless the one just saved is whole. A torn one goes when it is older than all of the newest that stay.
     Later steps belong to a branch that the user went back from; they stay until the run overwrites them.
@@ -46,7 +47,7 @@ def retire(root: Path, step: int, rule: Retention, disk: Disk) -> list[str]:
         oldest = min(sorted((number for number, _ in whole), reverse=True)[: max(rule.keep, 1)])
         sound = {number for number, _ in whole}
         for number, folder in found:
-            if number in kept or (number not in sound and number >= oldest):
+            if number in kept or number in needed or (number not in sound and number >= oldest):
                 continue
             doomed = root / (DELETED_PREFIX + folder.name)
             disk.rename(folder, doomed)

@@ -12,7 +12,7 @@ import importlib.metadata
 import platform
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,24 +20,20 @@ import torch
 
 from megalm.checkpoint import snapshot
 from megalm.checkpoint.disk import Disk
-from megalm.checkpoint.find import Report
-from megalm.checkpoint.format import CHECKPOINTS, FORMAT, TEMPORARY_PREFIX, VERSION, rank_file, step_name
+from megalm.checkpoint.find import Report, fault
+from megalm.checkpoint.format import CHECKPOINTS, FORMAT, MANIFEST, TEMPORARY_PREFIX, VERSION, rank_file, step_name
 from megalm.checkpoint.fragment import Fragment
-from megalm.checkpoint.jobs import POINTING, Answer, Performer
-from megalm.checkpoint.sealed import CheckpointError
+from megalm.checkpoint.jobs import Answer, Performer
+from megalm.checkpoint.sealed import CheckpointError, seal_of
+from megalm.checkpoint.uploads import BUSY, DONE, FAILED, Uploads
 from megalm.checkpoint.writer import Writer
 
 LIBRARIES = ("megalm", "torch", "deepspeed", "safetensors", "numpy")
 LAYOUT = ("tp", "pp", "dp", "zero_stage", "sequence_parallel")
-DONE, BUSY, FAILED = range(3)
-"""How far a rank's writer is, such that the highest of all ranks says what to do."""
 WAIT_SECONDS = 1500.0
 """A job that takes longer has failed; the other ranks wait for this one 1800 s."""
-ELSEWHERE_SECONDS = 1500.0
-"""The same for copying elsewhere, which then is given up."""
-PART, WHOLE, WITHDRAW, UPLOAD, COMPLETE = "part", "whole", "withdraw", "upload", "complete"
-"""What is being written: every rank's part, then by rank 0 what makes a checkpoint of them; the same at checkpoint.remote."""
-ELSEWHERE = (WITHDRAW, UPLOAD, COMPLETE)
+PART, WHOLE = "part", "whole"
+"""What is being written: every rank's part, then by rank 0 what makes a checkpoint of them."""
 
 
 class Engine(Protocol):
@@ -64,6 +60,8 @@ class Ranks(Protocol):
 
     def gather(self, value: Any) -> list[Any]: ...
 
+    def highest(self, *values: int) -> list[int]: ...
+
 
 def save(run_folder: str | Path, step: int, consumed_samples: int, engine: Engine, groups: Ranks, config: Any, plan: Any,
          tokenizer_files: Sequence[Path] = (), *, disk: Disk | None = None, report: Report | None = None,
@@ -79,13 +77,16 @@ def save(run_folder: str | Path, step: int, consumed_samples: int, engine: Engin
     with Saver(run_folder, engine, groups, config, plan, tokenizer_files, disk=disk, report=report) as saver:
         saver.save(step, consumed_samples, eval_loss)
         saver.finish()
+        saver.copies.finish()
     return Path(run_folder) / CHECKPOINTS / step_name(step)
 
 
 class Saver:
     """Saves one run's checkpoints. Every method but `state` and `close` is collective: all ranks call it together.
 
-    `saved`: the step of the newest checkpoint of this run that is whole, None before the first.
+    `saved`: the step of the newest checkpoint of this run that is whole, None before the first. `copies`: of them, at
+    checkpoint.remote. A save that fails is reported, and what it left removed; the next one is a new attempt. When
+    config.checkpoint.max_failures have failed in a row, whatever method meets the last one raises CheckpointError on all ranks.
     """
 
     def __init__(self, run_folder: str | Path, engine: Engine, groups: Ranks, config: Any, plan: Any,
@@ -98,7 +99,6 @@ class Saver:
         self._writer: Writer | None = None
         self._snapshot: snapshot.Snapshot | None = None
         self._step, self._phase = 0, None
-        self._remote = config.checkpoint.remote
         self._answer: Answer | None = None
         self._manifest: dict[str, Any] = {}
         self._fixed = {"world_size": groups.world_size, "layout": {name: getattr(plan, name) for name in LAYOUT},
@@ -107,6 +107,9 @@ class Saver:
                        "tokenizer_files": [str(path) for path in tokenizer_files],
                        "retention": {"keep": config.checkpoint.keep, "every": config.checkpoint.keep_every,
                                      "best": config.checkpoint.keep_best}}
+        self.copies = Uploads(self.root, groups, config.checkpoint.remote, self._whole["retention"], self._report)
+        self._failures, self._allowed = 0, config.checkpoint.max_failures
+        self._before: str | None = None
         self._token = groups.broadcast(secrets.token_hex(4))
         if groups.rank == 0:
             self._performer.clean()
@@ -129,6 +132,9 @@ class Saver:
         if free is not None and size > free / 2:
             self._report(f"checkpoints are written while the training waits: a copy needs {size:,} bytes, {free:,} are free")
             return
+        self._start_writer(device, size)
+
+    def _start_writer(self, device: torch.device, size: int) -> None:
         self._writer = Writer(self.root, size)
         self._snapshot = snapshot.Snapshot(self._writer.memory, device)
 
@@ -145,12 +151,9 @@ class Saver:
         return FAILED if self._answer.problem else DONE
 
     def progress(self, highest: int) -> None:
-        """Go on as the `highest` state of all ranks allows, without waiting.
-
-        Raises CheckpointError on all ranks when one has failed: see `save`.
-        """
+        """Go on as the `highest` state of all ranks allows, without waiting."""
         if self._phase is not None and highest == FAILED:
-            self._agree()
+            self._bear(self._agree)
         elif self._phase is not None and highest == DONE:
             self._advance()
 
@@ -158,9 +161,11 @@ class Saver:
         """Begin to save the state as it is now; it may change as soon as this returns. Waits for the checkpoint before."""
         if self._phase is not None:
             before, start = self._step, time.monotonic()
-            self.finish()
+            self._bear(self.finish)
             self._report(f"waited {time.monotonic() - start:.1f} s for the checkpoint of step {before} to be on the disk")
+        self.copies.drop(step)
         self._step, self._phase, self._answer = step, PART, None
+        self._before = self._seal()
         self._manifest = {"format": FORMAT, "version": VERSION, "step": step, "consumed_samples": consumed_samples,
                           "eval_loss": eval_loss, **self._fixed, "counters": self._engine.counters()}
         try:
@@ -171,24 +176,20 @@ class Saver:
     def finish(self) -> None:
         """Wait until the checkpoint that is on its way is whole and `latest` names it.
 
-        Raises CheckpointError on all ranks when one has failed: see `save`.
+        Raises CheckpointError on all ranks when one has failed, however many before it: see the function `save`.
         """
         while self._phase is not None:
-            if self._look(ELSEWHERE_SECONDS if self._phase in ELSEWHERE else WAIT_SECONDS) is None:
-                self._answer = self._late()
+            if self._look(WAIT_SECONDS) is None:
+                self._answer = Answer(f"writing: its writer hasn't answered for {WAIT_SECONDS:.0f} s")
             self._agree()
             self._advance()
 
-    def stay_here(self) -> None:
-        """From now on nobody waits for a copy elsewhere; one on its way is given up. For a run that must leave at once."""
-        if self._phase in ELSEWHERE:
-            self._report(f"{step_name(self._step)} isn't in {self._remote}, only in {self.root}: the run had to leave")
-            self.close()  # the writer may be busy with it for long; what is still to be saved, this process writes
-            self._phase = self._answer = None
-        self._remote = None
-
     def close(self) -> None:
-        """Stop this rank's writer; what `finish` hasn't waited for is lost."""
+        """Stop this rank's processes; what wasn't waited for is lost."""
+        self.copies.close()
+        self._close_writer()
+
+    def _close_writer(self) -> None:
         if self._snapshot is not None:
             self._snapshot.close()
         if self._writer is not None:
@@ -217,53 +218,71 @@ class Saver:
             self._answer = self._writer.answer(seconds)
         return self._answer
 
-    def _late(self) -> Answer:
-        """The writer hasn't answered: a failure, or, where it copies elsewhere, a line and another writer."""
-        if self._phase not in ELSEWHERE or self._snapshot is None:
-            return Answer(f"writing: its writer hasn't answered for {WAIT_SECONDS:.0f} s")
-        device = self._snapshot.device
-        self.close()
-        self.write_in_background(device)
-        where = f"{step_name(self._step)} isn't in {self._remote}, only in {self.root}"
-        return Answer(notes=[f"{where}: copying it has taken more than {WAIT_SECONDS:.0f} s"])
-
     def _advance(self) -> None:
         """All ranks are done with this phase: the next one."""
         for note in self._answer.notes if self._answer else ():
             self._report(note)
         if self._phase == WHOLE:
-            self.saved = self._step
-        after = {PART: WHOLE, WITHDRAW: UPLOAD, UPLOAD: COMPLETE} | ({WHOLE: WITHDRAW} if self._remote else {})
-        self._phase, self._answer = after.get(self._phase), None
-        rank = self._groups.rank
-        jobs = {WHOLE: {"folder": self._folder, "manifest": self._manifest, **self._whole},
-                WITHDRAW: {"url": self._remote, "step": self._step},
-                UPLOAD: {"url": self._remote, "step": self._step, "rank": rank},
-                COMPLETE: {"url": self._remote, "step": self._step, "retention": self._whole["retention"]}}
-        if self._phase is None:
+            self.saved, self._failures, self._phase = self._step, 0, None
+            self.copies.offer(self._step)
             return
-        if rank != 0 and self._phase != UPLOAD:
+        self._phase, self._answer = WHOLE, None
+        job = {"folder": self._folder, "manifest": self._manifest, "needed": self.copies.steps, **self._whole}
+        if self._groups.rank != 0:
             self._answer = Answer()
         elif self._writer is not None:
-            self._writer.send(self._phase, **jobs[self._phase])
+            self._writer.send(WHOLE, **job)
         else:
-            self._answer = getattr(self._performer, self._phase)(**jobs[self._phase])
+            self._answer = self._performer.whole(**job)
 
     def _agree(self) -> None:
-        """Raise on all ranks what any of them has met."""
+        """Raise on all ranks what any of them has met, once what it left is gone."""
         problems = self._groups.agree(self._answer.problem if self._answer else None)
         if not problems:
             return
-        whole = self._phase in ELSEWHERE or all(text.startswith(POINTING) for _, text in problems)
         self._phase = None
+        self._settle_writer()
+        self._groups.agree(None)  # from here on nobody writes there
+        whole, untidy = None, None
         if self._groups.rank == 0:
-            self._performer.clean()
+            untidy = self._performer.clean().problem
+            whole = self._seal() not in (None, self._before) and fault(self.root / step_name(self._step), read=False) is None
+        whole, untidy, self._token = self._groups.broadcast((whole, untidy, secrets.token_hex(4)))
         lines = "; ".join(f"rank {rank} failed {text}" for rank, text in problems)
-        name = self.root / step_name(self._step)
+        name, after = self.root / step_name(self._step), f"; then {untidy}" if untidy else ""
         if whole:
-            self.saved = self._step
-            raise CheckpointError(f"{name} is saved and whole, but {lines}")
-        raise CheckpointError(f"{name} wasn't saved: {lines}. Earlier checkpoints are as they were")
+            self.saved, self._failures = self._step, 0
+            raise CheckpointError(f"{name} is saved and whole, but {lines}{after}")
+        self._failures += 1
+        raise CheckpointError(f"{name} wasn't saved: {lines}{after}. Earlier checkpoints are as they were")
+
+    def _bear(self, work: Callable[[], None]) -> None:
+        """A failure is told and the run goes on, unless too many came in a row."""
+        try:
+            work()
+        except CheckpointError as error:
+            if self._failures >= self._allowed:
+                raise
+            count = f"; {self._failures} failed in a row, {self._allowed} end the run" if self._failures else ""
+            self._report(f"{error}{count}")
+
+    def _settle_writer(self) -> None:
+        """After a failure anywhere: a writer that is dead, or still busy with what is to be removed, makes way for another."""
+        if self._writer is None or not self._writer.busy or self._snapshot is None:
+            return
+        device, size = self._snapshot.device, self._writer.size
+        self._close_writer()
+        try:
+            self._start_writer(device, size)
+        except OSError as error:
+            self._report(f"checkpoints are written while the training waits: no new writer could be started: {error}")
+
+    def _seal(self) -> str | None:
+        """Of what has this step's name now."""
+        try:
+            return seal_of((self.root / step_name(self._step) / MANIFEST).read_bytes())
+        except OSError:
+            return None
 
 
 def available_bytes() -> int | None:

@@ -43,6 +43,7 @@ NICE = 5
 LINE_SECONDS = 60.0
 """A job is a message of some kilobytes to a process that does nothing but wait for it."""
 LEAVE_SECONDS = 5.0
+SIGN = b"\n"
 LAYOUT = operator.attrgetter(*(field.name for field in dataclasses.fields(StoredFragment) if field.name != "step"))
 """All of an entry that stays the same from save to save."""
 
@@ -58,11 +59,18 @@ def main(parent: int, line: int, memory: int, size: int, root: str) -> None:
     performer = Performer(Path(root), Disk())
     with mmap.mmap(memory, size, prot=mmap.PROT_READ) as shared, socket.socket(fileno=line) as ours:
         remembered: list = []
+        performer.moved = lambda: _sign_of_life(ours)
         with memoryview(shared) as view:
             for job in ours.makefile("rb"):
                 answer = perform(performer, json.loads(job), view, remembered)
                 if answer is not None:
                     ours.sendall(json.dumps(dataclasses.asdict(answer)).encode() + b"\n")
+
+
+def _sign_of_life(line: socket.socket) -> None:
+    """An empty line; left out where the rank hasn't read those before it, and so needs none."""
+    with contextlib.suppress(BlockingIOError):
+        line.send(SIGN, socket.MSG_DONTWAIT)
 
 
 def perform(performer: Performer, job: dict[str, Any], memory: memoryview, remembered: list) -> Answer | None:
@@ -80,7 +88,8 @@ def perform(performer: Performer, job: dict[str, Any], memory: memoryview, remem
 
 
 class Writer:
-    """A rank's end: one job at a time. `memory` is what the writer will read, `size` bytes."""
+    """A rank's end: one job at a time. `memory` is what the writer will read, `size` bytes. `busy`: a job has no answer yet.
+    `heard`: when it last gave a sign of life, by time.monotonic."""
 
     def __init__(self, root: Path, size: int) -> None:
         """Start the process. Raises OSError."""
@@ -90,7 +99,8 @@ class Writer:
         # Populated: the first snapshot must not pay for the first touch of every page.
         self.memory = mmap.mmap(self._file, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         ours, theirs = socket.socketpair()
-        self._line, self._received, self._busy = ours, b"", False
+        self._line, self._received = ours, b""
+        self.busy, self.heard = False, time.monotonic()
         self._line.settimeout(LINE_SECONDS)
         self._poll = select.poll()  # select.select takes no descriptor above 1023
         self._poll.register(ours, select.POLLIN)
@@ -112,7 +122,7 @@ class Writer:
 
     def send(self, do: str, **arguments: Any) -> None:
         """Hand over a job; what comes of it, or of the writer, `answer` tells."""
-        self._busy = True
+        self.busy = True
         with contextlib.suppress(OSError):  # a writer that is gone
             self._line.sendall(json.dumps({"do": do, **arguments}).encode() + b"\n")
 
@@ -136,9 +146,10 @@ class Writer:
             received = self._receive()
             if not received:
                 return self._gone()
-            self._received += received
+            self.heard = time.monotonic()
+            self._received = (self._received + received).lstrip(SIGN)
         line, _, self._received = self._received.partition(b"\n")
-        self._busy = False
+        self.busy = False
         return Answer(**json.loads(line))
 
     def _receive(self) -> bytes:
@@ -158,7 +169,8 @@ class Writer:
         """End the process; a job that it hasn't finished stays under a hidden name."""
         self._line.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0 if self._busy else LEAVE_SECONDS)
+            self._process.wait(0 if self.busy else LEAVE_SECONDS)
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits in the kernel, for a file system, dies when it can
+            self._process.wait(LEAVE_SECONDS)
         os.close(self._file)

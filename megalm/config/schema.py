@@ -304,6 +304,9 @@ class Checkpoint(Section):
     """Those of steps that this divides stay too; 0: no such rule."""
     keep_best: Natural = 0
     """So many of the lowest validation loss stay too, of those at whose step it was measured (train.eval_every)."""
+    max_failures: Positive = 3
+    """So many saves in a row that fail end the run; until then it trains on, and tries again at the next `every`. A last save
+    is tried twice, and then ends it with exit code 2."""
     remote: Text | None = None
     """Also copy checkpoints there, to any path that fsspec knows (s3://bucket/run, gs://..., with its package installed); a run
     whose train.dir has none goes on from the newest there."""

@@ -43,7 +43,7 @@ class Crew:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._said: list[str | None] = [None] * world_size
-        self._values = [0] * world_size
+        self._values: list[Any] = [None] * world_size
         self._meeting = threading.Barrier(world_size, timeout=20)
 
     def agree(self, rank: int, problem: str | None) -> list[tuple[int, str]]:
@@ -57,7 +57,9 @@ class Crew:
         if rank == 0:
             self._value = value
         self._meeting.wait()
-        return self._value
+        value = self._value
+        self._meeting.wait()
+        return value
 
     def gather(self, rank: int, value: Any) -> list[Any]:
         self._values[rank] = value
@@ -66,8 +68,8 @@ class Crew:
         self._meeting.wait()
         return values
 
-    def highest(self, rank: int, value: int) -> int:
-        return max(self.gather(rank, value))
+    def highest(self, rank: int, *values: int) -> list[int]:
+        return [max(column) for column in zip(*self.gather(rank, values), strict=True)]
 
     def member(self, rank: int) -> Groups:
         return Groups(rank, self)
@@ -116,6 +118,9 @@ class Groups:
 
     def gather(self, value: Any) -> list[Any]:
         return self.crew.gather(self.rank, value)
+
+    def highest(self, *values: int) -> list[int]:
+        return self.crew.highest(self.rank, *values)
 
 
 @dataclass
@@ -197,10 +202,11 @@ def expected(fragment: Fragment, values: Values) -> Tensor:
 
 
 def settings(keep: int = 3, allow_changes: bool = False, keep_every: int = 0, keep_best: int = 0,
-             remote: str | None = None, **more: Any) -> SimpleNamespace:
+             remote: str | None = None, max_failures: int = 1, **more: Any) -> SimpleNamespace:
     """As much of a Config as saving needs."""
     content = {"model": {"hidden_size": 12}, "train": {"seed": 1}, "optimizer": {"lr": 0.1}, "data": {"train": [{"path": "a"}]}}
-    section = SimpleNamespace(keep=keep, keep_every=keep_every, keep_best=keep_best, allow_changes=allow_changes, remote=remote)
+    section = SimpleNamespace(keep=keep, keep_every=keep_every, keep_best=keep_best, allow_changes=allow_changes, remote=remote,
+                              max_failures=max_failures)
     return SimpleNamespace(checkpoint=section, model_dump=lambda mode: json.loads(json.dumps({**content, **more})))
 
 

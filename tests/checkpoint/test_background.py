@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from megalm.checkpoint import CheckpointError, Saver, find
-from megalm.checkpoint.save import BUSY
+from megalm.checkpoint.jobs import Answer
 from megalm.checkpoint.snapshot import Snapshot
+from megalm.checkpoint.uploads import BUSY
 from tests.checkpoint.disks import mounted
 from tests.checkpoint.fakes import SMALL, Crew, draw, engines, plan, settings
 from tests.checkpoint.test_layouts import load_all, succeed, wrong
@@ -26,7 +27,7 @@ def until_done(saver: Saver, groups) -> int:
     """What the training does after each step, until the checkpoint is whole; the steps it took."""
     for step in range(SECONDS * 100):
         groups.agree(None)
-        highest = groups.crew.highest(groups.rank, saver.state)
+        [highest] = groups.highest(saver.state)
         saver.progress(highest)
         if highest != BUSY and saver._phase is None:
             return step
@@ -106,6 +107,45 @@ def test_a_killed_writer_is_seen_by_all_ranks(tmp_path):
         assert "step_00000002 wasn't saved: rank 1 failed writing: the process that writes its checkpoints has ended: signal 9" \
             in str(result)
     assert find(tmp_path).name == "step_00000001" and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_after_failures_the_run_goes_on_with_another_writer_until_they_are_too_many_in_a_row(tmp_path):
+    ranks, lines = engines(SMALL, draw(SMALL), tp=2), []
+
+    def job(groups):
+        with background(tmp_path, ranks, groups, max_failures=2) as saver:
+            saver._report = lines.append if groups.rank == 0 else lambda line: None
+            for step in range(1, 9):
+                if groups.rank == 1 and step in (1, 3, 5, 6):
+                    os.kill(saver.writer_pid, signal.SIGKILL)
+                saver.save(step, 8 * step)
+                until_done(saver, groups)
+                assert saver.saved == (step if step in (2, 4) else step - 1 or None)
+
+    assert all(isinstance(result, CheckpointError) and "step_00000006 wasn't saved" in str(result) for result in Crew(2).run(job))
+    assert [line.split(" ")[0][-1] for line in lines] == ["1", "3", "5"]
+    end = "signal 9 (SIGKILL). Earlier checkpoints are as they were; 1 failed in a row, 2 end the run"
+    assert all(line.endswith(end) for line in lines)
+    assert find(tmp_path).name == "step_00000004" and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_writer_killed_after_the_checkpoint_has_its_name_has_saved_it(tmp_path):
+    """Before it could say so: what counts is what is there."""
+    ranks = engines(SMALL, draw(SMALL))
+
+    def job(groups):
+        with background(tmp_path, ranks, groups) as saver:
+            for step in (1, 2):
+                saver.save(step, 8 * step)
+                saver.finish()
+                saver._phase, saver._answer, saver._before = "whole", Answer("writing: the process has ended"), None
+                (saver.root / "latest").rename(saver.root / ".tmp_latest")
+                with pytest.raises(CheckpointError, match=f"step_0000000{step} is saved and whole, but rank 0 failed writing"):
+                    saver.finish()
+                assert saver.saved == step
+
+    succeed(Crew(1).run(job))
+    assert find(tmp_path).name == "step_00000002" and (tmp_path / "checkpoints/latest").exists()
 
 
 def test_a_full_disk_is_a_line_and_the_checkpoint_before_stays(tmp_path):

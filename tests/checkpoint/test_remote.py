@@ -4,23 +4,29 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import sys
-import time
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
 
-from megalm.checkpoint import CheckpointError, Saver, fault, fetch_missing, find
+from megalm.checkpoint import CheckpointError, Saver, fault, fetch_missing, find, uploads
 from megalm.checkpoint import fetch as fetching
 from megalm.checkpoint.fetch import fetch
+from megalm.checkpoint.jobs import Performer
 from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.retain import Retention
+from megalm.checkpoint.uploads import Uploads
 from tests import training
-from tests.checkpoint.disks import Remembering
-from tests.checkpoint.fakes import SMALL, Crew, Hasty, draw, engines, plan, settings
+from tests.checkpoint.disks import Remembering, tree
+from tests.checkpoint.fakes import SMALL, Crew, Hasty, draw, engines, plan, save_all, settings
 from tests.checkpoint.test_layouts import load_all, succeed, wrong
+
+
+def copy_here(performer: Performer, url: str, step: int, ranks: int, keep: int) -> None:
+    answers = [performer.withdraw(url, step), *(performer.upload(url, step, rank, ranks) for rank in range(ranks)),
+               performer.complete(url, step, {"keep": keep})]
+    assert [answer.problem for answer in answers] == [None] * len(answers)
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -32,15 +38,19 @@ def url(request, tmp_path):
 
 def save_there(folder: Path, url: str, ranks, steps, background: bool = False, **rules) -> list[str]:
     lines: list[str] = []
+    in_memory = url.startswith("memory")  # where no other process can copy anything
 
     def job(groups):
-        with Saver(folder, ranks[groups.rank], groups, settings(remote=url, **rules), plan(), disk=Hasty(),
+        with Saver(folder, ranks[groups.rank], groups, settings(remote=None if in_memory else url, **rules), plan(), disk=Hasty(),
                    report=lines.append) as saver:
             if background:
                 saver.write_in_background(torch.device("cpu"))
             for step in steps:
                 saver.save(step, 8 * step)
                 saver.finish()
+                saver.copies.finish()
+                if in_memory and groups.rank == 0:
+                    copy_here(Performer(saver.root, Hasty()), url, step, len(ranks), rules.get("keep", 3))
 
     succeed(Crew(len(ranks)).run(job))
     return lines
@@ -76,7 +86,8 @@ def test_a_step_saved_again_is_none_there_until_it_is_complete(url, tmp_path, mo
     save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL)), (1, 2))
     upload, seen = Remote.upload, []
     monkeypatch.setattr(Remote, "upload", lambda self, *rest: (seen.append(self.steps()), upload(self, *rest)))
-    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL, seed=1)), (2,))
+    succeed(save_all(tmp_path / "run", 2, engines(SMALL, draw(SMALL, seed=1))))
+    copy_here(Performer(tmp_path / "run/checkpoints", Hasty()), url, 2, 1, 3)
     assert seen == [[1]] * len(seen) and len(seen) == 3 and Remote(url).steps() == [2, 1]
 
 
@@ -230,49 +241,74 @@ def test_a_damaged_newest_is_fetched_though_an_older_one_is_whole(tmp_path):
 def test_trouble_there_is_told_and_stops_nothing(tmp_path):
     (tmp_path / "taken").write_text("a file where a folder should be")
     lines = save_there(tmp_path / "run", f"file://{tmp_path}/taken/run", engines(SMALL, draw(SMALL), tp=2), (1, 2))
-    assert find(tmp_path / "run").name == "step_00000002" and len(lines) == 6
-    assert all("isn't in file://" in line and "copying it: " in line for line in lines)
+    assert find(tmp_path / "run").name == "step_00000002" and len(lines) == 4, "a line a step on each of two ranks"
+    assert all("isn't in file://" in line and "rank 0 failed copying it: " in line for line in lines)
 
 
-def with_a_silent_server(folder: Path, monkeypatch, then) -> list[str]:
+def with_a_silent_server(folder: Path, then, **rules) -> list[str]:
     """then(saver, groups) on two ranks that copy to a server which takes connections and never says a word."""
-    monkeypatch.setattr(sys.modules[Saver.__module__], "ELSEWHERE_SECONDS", 0.5)
     ranks, lines = engines(SMALL, draw(SMALL), tp=2), []
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         url = f"ftp://127.0.0.1:{server.getsockname()[1]}/run"
 
         def job(groups):
-            with Saver(folder, ranks[groups.rank], groups, settings(remote=url), plan(), report=lines.append) as saver:
+            with Saver(folder, ranks[groups.rank], groups, settings(remote=url, **rules), plan(),
+                       report=lines.append if groups.rank == 0 else None) as saver:
                 saver.write_in_background(torch.device("cpu"))
-                saver.save(1, 8)
                 then(saver, groups)
-                saver.save(2, 16)
-                saver.finish()
-                assert saver.saved == 2
 
         succeed(Crew(2).run(job))
-    assert find(folder).name == "step_00000002"
     return lines
 
 
-def test_a_copy_that_hangs_ends_in_a_line_and_the_run_goes_on(tmp_path, monkeypatch):
-    def go_on(saver, groups):
+def test_a_copy_that_hangs_delays_no_save_and_ends_in_a_line(tmp_path, monkeypatch):
+    """Meanwhile the checkpoint that it copies stays here, though `keep` lets it go, and of those that wait the newest counts."""
+    def train_on(saver, groups):
+        for step in (1, 2, 3):
+            saver.save(step, 8 * step)
+            saver.finish()
+        assert saver.saved == 3 and saver.copies.steps == [1, 3]
+        assert sorted(path.name for path in saver.root.glob("step_*")) == ["step_00000001", "step_00000002", "step_00000003"]
+        monkeypatch.setattr(uploads, "SILENT_SECONDS", 0.3)
+        saver.copies.finish()
+        saver.save(4, 32)
         saver.finish()
-        assert saver.saved == 1 and saver.writer_pid is not None
+        assert sorted(path.name for path in saver.root.glob("step_*")) == ["step_00000004"]
 
-    lines = with_a_silent_server(tmp_path, monkeypatch, go_on)
-    assert any("step_00000001 isn't in ftp://" in line and "copying it has taken more than" in line for line in lines)
+    lines = with_a_silent_server(tmp_path, train_on, keep=1)
+    assert "step_00000002 isn't copied to ftp://" in lines[0] and "step_00000003 will be" in lines[0]
+    assert ["isn't in ftp://" in line and "nothing has moved for" in line for line in lines[1:3]] == [True, True]
 
 
-def test_who_must_leave_waits_for_no_copy(tmp_path, monkeypatch):
+def test_who_must_leave_waits_for_no_copy(tmp_path):
     def leave(saver, groups):
-        while saver._phase != "withdraw":
-            saver.progress(groups.crew.highest(groups.rank, saver.state))
-            time.sleep(0.01)
-        saver.stay_here()
+        saver.save(1, 8)
+        saver.finish()
+        saver.save(2, 16)
+        saver.finish()
+        saver.copies.finish(lambda: groups.rank == 1)
+        assert saver.saved == 2 and saver.copies.steps == []
 
-    lines = with_a_silent_server(tmp_path, monkeypatch, leave)
-    assert len(lines) == 2 and all(line.endswith("the run had to leave") for line in lines)
+    lines = with_a_silent_server(tmp_path, leave)
+    assert len(lines) == 2 and all(line.endswith("the run had to leave; the next one copies it") for line in lines)
+    assert find(tmp_path).name == "step_00000002"
+
+
+def test_the_next_run_copies_what_was_left_though_it_has_other_ranks(tmp_path):
+    url, lines = f"file://{tmp_path}/elsewhere", []
+    succeed(save_all(tmp_path / "run", 1, engines(SMALL, draw(SMALL), tp=3)))
+    Remote(url).upload(tmp_path / "run/checkpoints/step_00000001", ["rank_00001.safetensors"])
+
+    def job(groups):
+        copies = Uploads(tmp_path / "run/checkpoints", groups, url, {"keep": 3}, lines.append)
+        for _ in range(2):  # the second time it is there already
+            copies.offer(1)
+            copies.finish()
+        copies.close()
+
+    succeed(Crew(2).run(job))
+    found = fetch(Remote(url), tmp_path / "other", print)
+    assert lines == [] and tree(found) == tree(tmp_path / "run/checkpoints/step_00000001")
 
 
 def test_a_url_that_no_package_knows_is_one_line():

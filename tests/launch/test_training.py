@@ -75,17 +75,19 @@ def test_run_py_trains_under_other_launchers(launcher, program):
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def one_line_about_the_disk(launcher: WarmLauncher, step: int) -> bool:
+def lines_about_the_disk(launcher: WarmLauncher, step: int) -> int:
+    """How often the console says that this step's save has failed."""
     console = launcher.stdout + launcher.stderr
     assert "Traceback" not in console and "failed: exit code" not in console, console
-    line, = [line for line in console.splitlines() if f"step_{step:08d} wasn't saved: rank " in line]
-    return line.startswith("megalm: ") and "No space left on device [ENOSPC]" in line and "Earlier checkpoints are" in line
+    lines = [line for line in console.splitlines() if f"step_{step:08d} wasn't saved: rank " in line]
+    assert all("No space left on device [ENOSPC]" in line and "Earlier checkpoints are" in line for line in lines)
+    return len(lines)
 
 
 @warm
 def test_a_disk_that_is_full_when_a_checkpoint_is_written(launcher):
-    """Exit code 2 and one line; the checkpoint before it is what the same command goes on from. Written by the ranks, as a
-    planted error doesn't reach a writer; the full disk of the next test does."""
+    """It is a line and the run goes on; a last one that fails twice is exit code 2, and the checkpoint before it is what the
+    same command goes on from. Written by the ranks: a planted error reaches no writer; the full disk of the next test does."""
     def write(disk: Disk, path: Path, chunks) -> int:
         if "step_00000004" in str(path) and path.name.endswith(".safetensors"):
             raise FULL
@@ -93,11 +95,12 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(launcher):
 
     write_config(launcher, steps=6)
     launcher.settings = {(Disk, "intact"): Disk.write, (Disk, "write"): write, **launcher.settings}
-    assert launcher.run("", "checkpoint.every=2", "checkpoint.async=false") == 2
-    assert one_line_about_the_disk(launcher, step=4) and find(launcher.folder / "run").name == "step_00000002"
-    launcher.settings = {}
-    assert launcher.run("", "checkpoint.every=2") == 0, launcher.stderr
+    assert launcher.run("", "checkpoint.every=2", "checkpoint.async=false", "train.stop_at=4") == 2
+    assert lines_about_the_disk(launcher, 4) == 2 and find(launcher.folder / "run").name == "step_00000002"
+    assert launcher.run("", "checkpoint.every=2", "checkpoint.async=false") == 0, launcher.stderr
     assert "going on from step 2" in launcher.log(0) and steps_done(launcher) == [1, 2, 3, 4, 5, 6]
+    assert lines_about_the_disk(launcher, 4) == 1 and find(launcher.folder / "run").name == "step_00000006"
+    assert "Earlier checkpoints are as they were; 1 failed in a row, 3 end the run" in launcher.log(0)
 
 
 def fill_the_disk(launcher: WarmLauncher, disk: Path) -> None:
@@ -111,7 +114,7 @@ def fill_the_disk(launcher: WarmLauncher, disk: Path) -> None:
             filler.write(bytes(4096))
     assert launcher.wait(pid, 60) == 2, launcher.stderr
     saved = int(find(disk).name[-8:])
-    assert one_line_about_the_disk(launcher, saved + 3)
+    assert [lines_about_the_disk(launcher, saved + more) for more in (3, 6, 9, 12)] == [1, 1, 1, 0], "three in a row end it"
     (disk / "filler").unlink()
     launcher.start("", f"train.stop_at={saved + 3}")
     assert launcher.wait(launcher.pids[-1], 60) == 0, launcher.stderr
