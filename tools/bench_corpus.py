@@ -65,7 +65,8 @@ def timed(command: Sequence[str], cores: int) -> dict[str, float]:
 
 
 def ours(corpus: Path, output: Path, model: str, eod: str, workers: int, *more: str) -> list[str]:
-    ends = ["--eod", eod] if model.endswith(".json") else []
+    """The peers take a special token's text for that token, so here megalm does too."""
+    ends = ["--eod", eod, "--special-tokens"] if model.endswith(".json") else []
     kind = [] if model.endswith(".json") or model == "bytes" else ["--tokenizer-type", "sentencepiece"]
     return [sys.executable, "-m", "megalm.tools.preprocess", "--input", str(corpus), "--output", str(output),
             "--tokenizer", model, "--workers", str(workers), "--force", *ends, *kind, *more]
