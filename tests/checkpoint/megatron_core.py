@@ -1,9 +1,9 @@
-"""Run by test_foreign.py: Megatron Core's GPTModel on the CPU, its weights as Megatron-LM saves them, and its logits."""
+"""For test_foreign.py, in a process that ends with it: Megatron Core's GPTModel on the CPU, its weights as Megatron-LM saves
+them, and its logits."""
 from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import warnings
 from pathlib import Path
 
@@ -52,7 +52,3 @@ def main(folder: Path) -> None:
     torch.save({"args": arguments, "checkpoint_version": 3.0, "model": model.state_dict()}, place / "model_optim_rng.pt")
     (folder / "latest_checkpointed_iteration.txt").write_text("1")
     torch.save({"model": SECTION, "tokens": tokens, "logits": logits.float()}, folder / "answer.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,8 @@ from megalm.checkpoint.huggingface import open_huggingface
 from megalm.checkpoint.huggingface.read import part_shapes
 from megalm.config.schema import Model
 from megalm.tools.convert import main
+from tests import dist
+from tests.checkpoint import megatron_core
 from tests.checkpoint.test_huggingface import Hostile
 from tests.config.trees import config, tree
 
@@ -244,13 +244,15 @@ def test_a_hostile_pickle_is_inert(kind, tmp_path):
     assert (tmp_path / "mark").exists(), "the pickle was harmless: the test proved nothing"
 
 
+def saved_by_megatron_core(rank: int, world_size: int, folder: Path) -> None:
+    megatron_core.main(folder)
+
+
 def test_megatron_core_s_own_model_gives_the_same_logits(tmp_path):
-    """Weights saved from Megatron Core's GPTModel, run by megalm."""
+    """Weights saved from Megatron Core's GPTModel, in a process of its own that has torch already, run by megalm."""
     from tests.model.test_transformers import logits
 
-    oracle = Path(__file__).parent / "megatron_core.py"
-    done = subprocess.run([sys.executable, str(oracle), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    dist.run(saved_by_megatron_core, 1, tmp_path, group=False, timeout=120)
     answer = torch.load(tmp_path / "answer.pt", weights_only=True)
     section = answer["model"]
     model = config(model=section).model.model_copy(update={"vocab_size": 256})
