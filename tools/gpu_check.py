@@ -4,9 +4,10 @@
     python3 tools/gpu_check.py --stages cases bench
     python3 tools/gpu_check.py --dry-run             # every stage's code on a CPU, through the shim, tiny
 
-Stages, most important first: build (for this GPU; and load), cases (every kernel against float64 on new random inputs, at most
-twice torch's error, and twice the same bits), bench (tools/bench_ops.py), train (steps of Llama-style models with each set of
-backends: speed, MFU, memory, and 20 losses side by side), sanitize (compute-sanitizer on the small cases, where it is installed).
+Stages, most important first: build (for this GPU; and load), cases (every kernel against float64 on new random inputs, at
+most twice torch's error, and twice the same bits; that torch's own attention keeps no scores), bench (tools/bench_ops.py), train
+(steps of Llama-style models with each set of backends: speed, MFU, memory, and 20 losses side by side), sanitize
+(compute-sanitizer on the small cases, where it is installed).
 
 Each result is written as it comes, to benchmarks/gpu/<device>-<date>.json and a table beside it, so that a limit on time loses
 nothing. A stage runs in processes of its own: one that crashes or hangs loses the one result that it was at.

@@ -176,8 +176,15 @@ def in_turn(lists: Iterable[Sequence[Any]]) -> list[Any]:
 
 
 def cases(settings: Settings) -> list[Item]:
+    """The small ones first, then what torch's own attention promises, then the large ones."""
+    from megalm.tools.gpu import sdpa
+
     use_kernels(settings)
-    return [Item(f"{size}: {case.name}", partial(_case, settings, case)) for size, case in _all_cases(settings)]
+    found: dict[str, list[Item]] = {"small": [], "large": []}
+    for size, case in _all_cases(settings):
+        found[size].append(Item(f"{size}: {case.name}", partial(_case, settings, case)))
+    rows = sdpa.ROWS[:2] if settings.dry_run else sdpa.ROWS
+    return [*found["small"], *(Item(row.name, partial(sdpa.check, row, settings.device)) for row in rows), *found["large"]]
 
 
 def _case(settings: Settings, case: Any) -> dict[str, Any]:
