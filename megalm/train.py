@@ -28,6 +28,8 @@ from megalm.parallel.world import LaunchError, World, connect
 from megalm.plan import Plan, PlanError, make_plan
 
 FAILED, USER_ERROR = 1, 2
+EXIT_CODE = "exit_code"
+"""A file in train.dir that holds the exit code, for scripts whose launcher doesn't pass it on."""
 USER_ERRORS = (ConfigError, PlanError, DataError, CheckpointError, LaunchError)
 
 
@@ -69,7 +71,19 @@ def train(config: Config, stop: StopSignal) -> int:
     groups = start(plan, world=world)
     groups.require_shared(Path(config.train.dir), "train.dir")
     with groups.agreed(lambda: checkpoint.hold(config.train.dir) if groups.rank == 0 else contextlib.nullcontext()):
-        return _train(config, groups, tokenizer, kernels, stop)
+        if groups.rank == 0:
+            with contextlib.suppress(OSError):
+                Path(config.train.dir, EXIT_CODE).unlink(missing_ok=True)
+        return _leave(config, groups, _train(config, groups, tokenizer, kernels, stop))
+
+
+def _leave(config: Config, groups: Groups, code: int) -> int:
+    """All ranks leave together, and the exit code is in train.dir before any launcher sees one of them end."""
+    if groups.rank == 0:
+        with contextlib.suppress(OSError):  # a full disk, which the code may be about
+            Path(config.train.dir, EXIT_CODE).write_text(f"{code}\n")
+    groups.leave()
+    return code
 
 
 def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[str], stop: StopSignal) -> int:
@@ -98,9 +112,7 @@ def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[s
             saver.write_in_background(groups.device)
         if source.path is not None and not source.weights_only:
             saver.copies.offer(source.step)  # which the run before may have had to leave here
-        code = _loop(Run(config, groups, engine, loader, valid, logger, stop, saver, source.consumed), source.step)
-        groups.leave()
-        return code
+        return _loop(Run(config, groups, engine, loader, valid, logger, stop, saver, source.consumed), source.step)
 
 
 def _derive(config: Config, world: World) -> tuple[Tokenizer, Plan, list[str]]:
@@ -198,7 +210,6 @@ def _nothing_to_do(groups: Groups, config: Config, step: int) -> int:
         if asked < config.train.steps:
             key = "train.stop_at"
         print(f"the run is finished: step {step} is done and {key} is {asked}; a larger one goes on", flush=True)
-    groups.leave()
     return 0
 
 
