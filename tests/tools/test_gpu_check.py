@@ -34,7 +34,8 @@ def test_dry_run(library, tmp_path, capfd):
     assert all(len(part["results"]) == part["items"] for part in document["stages"].values())
     case, own, bench, run = (document["stages"][stage]["results"][place]
                              for stage, place in (("cases", 0), ("cases", -1), ("bench", -1), ("train", -1)))
-    assert case["ratio"] > 0 and own["kernel"] == "own" and "megalm" in bench["seconds"] and len(run["losses"]) == training.DRY_RUN[0].steps
+    assert case["ratio"] > 0 and own["kernel"] == "own"
+    assert "megalm" in bench["seconds"] and len(run["losses"]) == training.DRY_RUN[0].steps
     assert any("torch.compile" in result.get("seconds", {}) for result in document["stages"]["bench"]["results"])
     table = out.with_suffix(".md").read_text()
     assert "Nothing that was tried." in table and "| tiny | megalm |" in table
