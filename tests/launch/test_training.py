@@ -98,11 +98,7 @@ def lines_about_the_disk(launcher: WarmLauncher, step: int) -> int:
 @warm
 def test_a_disk_that_is_full_when_a_checkpoint_is_written(launcher):
     """It is a line and the run goes on; a last one that fails twice is exit code 2, and the checkpoint before it is what the
-<<<<<<< HEAD
-    same command goes on from. Written by the ranks: a planted error reaches no writer; the full disk of the next test does."""
-=======
     same command goes on from. Written by the ranks: a planted error doesn't reach a writer; the next test's full disk does."""
->>>>>>> 07034ce (train.dir/exit_code has the ranks' exit code, whatever a launcher makes of it)
     def write(disk: Disk, path: Path, chunks) -> int:
         if "step_00000004" in str(path) and path.name.endswith(".safetensors"):
             raise FULL
