@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megalm.checkpoint import snapshot
+from megalm.checkpoint import memory, snapshot
 from megalm.checkpoint.disk import Disk
 from megalm.checkpoint.find import Report, fault
 from megalm.checkpoint.format import CHECKPOINTS, FORMAT, MANIFEST, TEMPORARY_PREFIX, VERSION, rank_file, step_name
@@ -124,13 +124,15 @@ class Saver:
     def write_in_background(self, device: torch.device) -> None:
         """Start this rank's writer, so that from now on `save` waits for a copy in memory only.
 
-        The copy takes as much memory as the rank's state, which lies on `device`. Where half of the free memory can't hold
-        it, this rank goes on writing by itself, and says so.
+        The copy takes as much memory as the rank's state, which lies on `device`. Where half of a machine's free memory
+        can't hold those of its ranks, they go on writing by themselves, and say so.
         """
         size = snapshot.places(snapshot.owned(self._engine.fragments()))[1]
-        free = available_bytes()
-        if free is not None and size > free / 2:
-            self._report(f"checkpoints are written while the training waits: a copy needs {size:,} bytes, {free:,} are free")
+        own = memory.machine()
+        short = memory.shortage(own, self._groups.gather((own, size, memory.available_bytes())))
+        if short:
+            self._report("checkpoints are written while the training waits: copies of this machine's ranks need "
+                         f"{short[0]:,} bytes, {short[1]:,} are free")
             return
         self._start_writer(device, size)
 
@@ -283,15 +285,6 @@ class Saver:
             return seal_of((self.root / step_name(self._step) / MANIFEST).read_bytes())
         except OSError:
             return None
-
-
-def available_bytes() -> int | None:
-    """What this machine's memory can still take; None where the kernel doesn't say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
 
 
 def versions() -> dict[str, str]:

@@ -42,16 +42,18 @@ class Crew:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._said: list[str | None] = [None] * world_size
-        self._values: list[Any] = [None] * world_size
+        self._said: list[Any] = [None] * world_size
         self._meeting = threading.Barrier(world_size, timeout=20)
 
-    def agree(self, rank: int, problem: str | None) -> list[tuple[int, str]]:
-        self._said[rank] = problem
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self._said[rank] = value
         self._meeting.wait()
-        heard = [(index, text) for index, text in enumerate(self._said) if text]
+        heard = list(self._said)
         self._meeting.wait()
         return heard
+
+    def agree(self, rank: int, problem: str | None) -> list[tuple[int, str]]:
+        return [(index, text) for index, text in enumerate(self.gather(rank, problem)) if text]
 
     def broadcast(self, rank: int, value: Any) -> Any:
         if rank == 0:
@@ -60,13 +62,6 @@ class Crew:
         value = self._value
         self._meeting.wait()
         return value
-
-    def gather(self, rank: int, value: Any) -> list[Any]:
-        self._values[rank] = value
-        self._meeting.wait()
-        values = list(self._values)
-        self._meeting.wait()
-        return values
 
     def highest(self, rank: int, *values: int) -> list[int]:
         return [max(column) for column in zip(*self.gather(rank, values), strict=True)]
