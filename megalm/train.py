@@ -91,7 +91,7 @@ def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[s
     plan, notes = groups.plan, []
     source = groups.from_first(lambda: _source(config, plan, tokenizer, notes))
     if source.finished:
-        return _nothing_to_do(groups, config, source.step)
+        return _nothing_to_do(groups, config, source.step, stop)
     with contextlib.ExitStack() as held:
         loaders = _loaders(held, config, groups, tokenizer, source)
         context = StepContext(config.train.seed)
@@ -204,7 +204,13 @@ def _last_step(config: Config) -> int:
     return min(config.train.steps, config.train.stop_at or config.train.steps)
 
 
-def _nothing_to_do(groups: Groups, config: Config, step: int) -> int:
+def _nothing_to_do(groups: Groups, config: Config, step: int, stop: StopSignal) -> int:
+    """Only what an earlier run had to leave uncopied."""
+    if config.checkpoint.remote is not None:
+        copies = checkpoint.uploads_of(config.train.dir, groups, config, _tell if groups.rank == 0 else lambda line: None)
+        with contextlib.closing(copies):
+            copies.offer(step)
+            copies.finish(lambda: stop.kind != GOING_ON)
     if groups.rank == 0:
         asked, key = _last_step(config), "train.steps"
         if asked < config.train.steps:
@@ -252,6 +258,7 @@ def _loop(run: Run, first: int) -> int:
     try:
         return _steps(run, first)
     except CheckpointError as error:
+        run.saver.copies.finish(lambda: run.stop.kind != GOING_ON)  # of one that is whole
         return _give_up(run, str(error), USER_ERROR)
 
 
@@ -294,6 +301,10 @@ def _last_save(run: Run, done: int, eval_loss: float | None, asked: int) -> None
 
     Raises CheckpointError when the second attempt fails too.
     """
+    try:
+        run.saver.finish()  # the one before: its failure is none of this one's attempts
+    except CheckpointError as error:
+        run.logger.note(str(error))
     for last in (False, True):
         try:
             run.saver.save(done, run.consumed, eval_loss)

@@ -7,7 +7,8 @@ from megalm.checkpoint.lock import hold
 from megalm.checkpoint.resume import Difference, check_resume, choose, differences, fetch_missing, flatten, replaces_all, whole
 from megalm.checkpoint.save import Saver, save
 from megalm.checkpoint.sealed import CheckpointError, DamagedError
+from megalm.checkpoint.uploads import uploads_of
 
 __all__ = ["CheckpointError", "DamagedError", "Difference", "Fragment", "Saver", "Weights", "check_resume", "choose",
            "differences", "fault", "fetch_missing", "find", "flatten", "hold", "load", "newest", "read_manifest",
-           "read_weights", "replaces_all", "save", "whole"]
+           "read_weights", "replaces_all", "save", "uploads_of", "whole"]

@@ -32,9 +32,9 @@ def fetch(remote: Remote, root: Path, report: Report, steps: Iterable[int] | Non
     into `root`, as a checkpoint like those made there; None where none is.
 
     One with a file that is lost, or isn't what was written, is skipped with a line. `tell` hears of what takes long. Raises
-    CheckpointError where the storage doesn't answer: what it has may be sound.
+    CheckpointError where the storage doesn't answer, as what it has may be sound, and where none of all that are there is whole.
     """
-    disk = disk or Disk()
+    disk, skipped = disk or Disk(), []
     there = _attempt(remote.url, remote.steps)
     wanted = there if steps is None else steps
     for step in [step for step in wanted if step in there and step not in vain]:
@@ -50,8 +50,12 @@ def fetch(remote: Remote, root: Path, report: Report, steps: Iterable[int] | Non
             disk.sync_folder(root.parent)
             report(f"fetched {remote.url}/{step_name(step)}")
             return root / step_name(step)
-        report(f"skipped {remote.url}/{step_name(step)}: {problem}")
+        skipped.append(f"{step_name(step)}: {problem}")
+        report(f"skipped {remote.url}/{skipped[-1]}")
         disk.remove(temporary)
+    if skipped and steps is None:
+        raise CheckpointError(f"none of the checkpoints in {remote.url} is whole ({'; '.join(skipped)}); move them away, or set "
+                              "checkpoint.remote to another place, to begin without them")
     return None
 
 

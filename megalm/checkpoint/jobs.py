@@ -73,8 +73,9 @@ class Performer:
 
     def complete(self, url: str, step: int, retention: Mapping[str, int]) -> Answer:
         """Make a checkpoint there of what the ranks have copied."""
-        folder = self.root / step_name(step)
-        return Answer(self._attempt("copying it", lambda: Remote(url).complete(folder, Retention(**retention))))
+        folder, rule, notes = self.root / step_name(step), Retention(**retention), []
+        problem = self._attempt("copying it", lambda: notes.extend(Remote(url).complete(folder, rule, self.moved)))
+        return Answer(problem, notes)
 
     def clean(self) -> Answer:
         """Remove what attempts have left. On a disk that fails it stays, under hidden names, and the next run tries again."""

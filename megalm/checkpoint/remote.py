@@ -9,6 +9,7 @@ torch.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ class Remote:
             import fsspec
 
             self._files, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise CheckpointError(f"checkpoint.remote {url!r}: {error}") from error
+        except Exception as error:  # each storage's package has its own, of missing credentials for one
+            line = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"checkpoint.remote {url!r}: {line}") from error
         self.url, self._path = url, path.rstrip("/")
 
     def has(self, folder: Path) -> bool:
@@ -40,13 +42,25 @@ class Remote:
 
     def upload(self, folder: Path, names: list[str], moved: Callable[[], None] = lambda: None) -> None:
         """Copy these files of a whole checkpoint's folder. `moved` is called whenever some bytes are there."""
-        from fsspec.callbacks import Callback
-
         for name in names:
             target = f"{self._path}/{folder.name}/{name}"
             self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._files.put_file(str(folder / name), target, callback=Callback(hooks={"moved": lambda *_, **__: moved()}))
+            self._put(folder / name, target, moved)
             moved()
+
+    def _put(self, path: Path, target: str, moved: Callable[[], None]) -> None:
+        """Copy one file. On a file system that is mounted here, fsspec's way gives no sign of life until it is done."""
+        from fsspec.callbacks import Callback
+
+        if "file" not in self._files.protocol:
+            self._files.put_file(str(path), target, callback=Callback(hooks={"moved": lambda *_, **__: moved()}))
+            return
+        with open(path, "rb") as source, open(target, "wb") as copy:
+            while block := source.read(sealed.BLOCK_BYTES):
+                copy.write(block)
+                moved()
+            copy.flush()
+            os.fsync(copy.fileno())
 
     def upload_share(self, folder: Path, rank: int, ranks: int, moved: Callable[[], None] = lambda: None) -> None:
         """Copy every `ranks`-th pair of rank files from the `rank`-th on; nothing where the checkpoint is there already."""
@@ -59,23 +73,28 @@ class Remote:
         if not self.has(folder) and self._exists(self._manifest(folder.name)):
             self._files.rm_file(self._manifest(folder.name))
 
-    def complete(self, folder: Path, rule: Retention) -> None:
-        """Copy what no rank has, checkpoint.json last, and delete what the rule doesn't keep.
+    def complete(self, folder: Path, rule: Retention, moved: Callable[[], None] = lambda: None) -> list[str]:
+        """Copy what no rank has, checkpoint.json last, and delete what the rule doesn't keep; returns what went wrong with that.
 
         Raises CheckpointError, and leaves the upload without a checkpoint.json, where a rank's file isn't there.
         """
         manifest = read_manifest(folder)
         if self.has(folder):
-            return
+            return []
         ranks = {name for rank in range(manifest["world_size"]) for name in (rank_file(rank), index_file(rank))}
-        self.upload(folder, [name for name in manifest["files"] if name not in ranks])
+        self.upload(folder, [name for name in manifest["files"] if name not in ranks], moved)
         for name, stated in manifest["files"].items():
             target = f"{self._path}/{folder.name}/{name}"
             size = self._files.size(target) if self._exists(target) else None
+            moved()
             if size != stated["bytes"]:
                 raise CheckpointError(f"{name} has {size} bytes there, not {stated['bytes']}")
         self.upload(folder, [MANIFEST])
-        self._retire(manifest["step"], rule)
+        try:
+            self._retire(manifest["step"], rule, moved)
+        except Exception as error:  # each storage's library has its own
+            return [f"{folder.name} is in {self.url}, but older ones could not be deleted there: {type(error).__name__}: {error}"]
+        return []
 
     def steps(self) -> list[int]:
         """The steps of those that are complete, the newest first."""
@@ -95,7 +114,7 @@ class Remote:
         """Copy one file of it to `target`."""
         self._files.get_file(f"{self._path}/{step_name(step)}/{name}", str(target))
 
-    def _retire(self, step: int, rule: Retention) -> None:
+    def _retire(self, step: int, rule: Retention, moved: Callable[[], None]) -> None:
         whole = [(number, self._loss(number)) for number in self.steps() if number <= step]
         kept = rule.kept(whole)
         for number, _ in whole:
@@ -103,6 +122,7 @@ class Remote:
                 self._files.rm_file(self._manifest(step_name(number)))  # first: what is left is none any more
                 with contextlib.suppress(FileNotFoundError):
                     self._files.rm(f"{self._path}/{step_name(number)}", recursive=True)
+                moved()
 
     def _loss(self, step: int) -> float | None:
         content: Any = sealed.parse(self.manifest(step), Path(step_name(step)))

@@ -25,7 +25,7 @@ from megalm.checkpoint.format import CHECKPOINTS, FORMAT, MANIFEST, TEMPORARY_PR
 from megalm.checkpoint.fragment import Fragment
 from megalm.checkpoint.jobs import Answer, Performer
 from megalm.checkpoint.sealed import CheckpointError, seal_of
-from megalm.checkpoint.uploads import BUSY, DONE, FAILED, Uploads
+from megalm.checkpoint.uploads import BUSY, DONE, FAILED, retention_of, uploads_of
 from megalm.checkpoint.writer import Writer
 
 LIBRARIES = ("megalm", "torch", "deepspeed", "safetensors", "numpy")
@@ -105,14 +105,15 @@ class Saver:
                        "versions": versions()}
         self._whole = {"documents": {"config.json": config.model_dump(mode="json"), "plan.json": plan.to_dict()},
                        "tokenizer_files": [str(path) for path in tokenizer_files],
-                       "retention": {"keep": config.checkpoint.keep, "every": config.checkpoint.keep_every,
-                                     "best": config.checkpoint.keep_best}}
-        self.copies = Uploads(self.root, groups, config.checkpoint.remote, self._whole["retention"], self._report)
+                       "retention": retention_of(config)}
+        self.copies = uploads_of(run_folder, groups, config, self._report)
         self._failures, self._allowed = 0, config.checkpoint.max_failures
         self._before: str | None = None
         self._token = groups.broadcast(secrets.token_hex(4))
         if groups.rank == 0:
-            self._performer.clean()
+            untidy = self._performer.clean().problem
+            if untidy:
+                self._report(untidy)
         groups.agree(None)  # before anyone writes there
 
     def __enter__(self) -> Saver:
@@ -254,6 +255,7 @@ class Saver:
         name, after = self.root / step_name(self._step), f"; then {untidy}" if untidy else ""
         if whole:
             self.saved, self._failures = self._step, 0
+            self.copies.offer(self._step)
             raise CheckpointError(f"{name} is saved and whole, but {lines}{after}")
         self._failures += 1
         raise CheckpointError(f"{name} wasn't saved: {lines}{after}. Earlier checkpoints are as they were")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megalm.checkpoint.find import Report
-from megalm.checkpoint.format import step_name
+from megalm.checkpoint.format import CHECKPOINTS, step_name
 from megalm.checkpoint.jobs import Answer
 from megalm.checkpoint.writer import Writer
 
@@ -39,6 +39,17 @@ class Ranks(Protocol):
     def agree(self, problem: str | None) -> list[tuple[int, str]]: ...
 
     def highest(self, *values: int) -> list[int]: ...
+
+
+def retention_of(config: Any) -> dict[str, int]:
+    """Which checkpoints a Config keeps, as retain.Retention takes it."""
+    rule = config.checkpoint
+    return {"keep": rule.keep, "every": rule.keep_every, "best": rule.keep_best}
+
+
+def uploads_of(run_folder: str | Path, groups: Ranks, config: Any, report: Report) -> Uploads:
+    """The copies of a run's checkpoints, as its Config has them."""
+    return Uploads(Path(run_folder) / CHECKPOINTS, groups, config.checkpoint.remote, retention_of(config), report)
 
 
 class Uploads:
@@ -84,6 +95,8 @@ class Uploads:
         """Go on as the `highest` state of all ranks allows, without waiting."""
         if self._phase is None or highest == BUSY:
             return
+        for note in self._answer.notes if self._answer else ():
+            self._report(note)
         if highest == FAILED:
             problems = self._groups.agree(self._answer.problem if self._answer else None)
             self._stop("; ".join(f"rank {rank} failed {text}" for rank, text in problems))

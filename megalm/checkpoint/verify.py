@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint import boxes, sealed
-from megalm.checkpoint.find import fault, read_manifest
+from megalm.checkpoint.find import damage, read_manifest
 from megalm.checkpoint.format import StoredFragment, index_file, inside, open_index
-from megalm.checkpoint.sealed import CheckpointError
+from megalm.checkpoint.sealed import CheckpointError, UnreadableError
 
 
 @dataclass
@@ -50,8 +50,8 @@ class Verified:
 
 def verify(folder: Path) -> Verified:
     """Read every byte of a checkpoint and compare it with its hash; also whether the parts are complete, and whether the
-    safetensors headers say what the indices say."""
-    problem = fault(folder)
+    safetensors headers say what the indices say. Raises UnreadableError for what this machine can't read now."""
+    problem = damage(folder)
     if problem:
         return Verified(0, 0, [problem])
     manifest = read_manifest(folder)
@@ -65,8 +65,15 @@ def verify(folder: Path) -> Verified:
             for entry in entries:
                 stored.setdefault((entry.part, entry.role), []).append(entry)
             problems += [f"{index['file']}: {line}" for line in _verify_file(inside(folder, index["file"]), index, entries)]
-        except (OSError, CheckpointError) as error:
+        except UnreadableError:
+            raise
+        except CheckpointError as error:
             problems.append(str(error))
+        except OSError as error:
+            found = sealed.unreadable(error, str(folder / index_file(rank)))
+            if isinstance(found, UnreadableError):
+                raise found from error
+            problems.append(str(found))
     for (part, role), entries in stored.items():
         line = boxes.untiled(entries)
         problems += [f"{role} of {part}: {line}"] if line else []

@@ -102,7 +102,8 @@ class Pages:
 
     def reserve(self, lengths: Sequence[int], end: int) -> None:
         """Pages for sequences of these lengths, in a table that reaches up to `end`."""
-        columns, changed = -(-end // self.size), False
+        # A forward pass that failed behind its reservation leaves pages beyond `end`.
+        columns, changed = max(-(-end // self.size), *map(len, self.owned)), False
         for owned, length in zip(self.owned, lengths, strict=True):
             while len(owned) * self.size < length:
                 owned.append(self._take())

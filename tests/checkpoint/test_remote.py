@@ -113,6 +113,28 @@ def test_a_damaged_one_there_is_skipped_with_the_reason(url, tmp_path):
     assert len(lines) == 2 and lines[0].startswith(f"skipped {url}/step_00000002: plan.json has 2 bytes")
 
 
+def test_where_none_is_whole_no_run_begins_anew(url, tmp_path):
+    """It would put its own checkpoints in their place."""
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL)), (1, 2))
+    files, path = fsspec.core.url_to_fs(url)
+    for step in (1, 2):
+        files.pipe_file(f"{path}/step_{step:08d}/plan.json", b"{}")
+    with pytest.raises(CheckpointError, match=r"none of .* is whole \(step_00000002: plan.json has 2 bytes.*step_0"):
+        fetch_missing(tmp_path / "other", url, "auto", print)
+    assert fetch(Remote(url), tmp_path / "other", print, steps=[2]) is None  # here is another to go on from
+
+
+def test_older_ones_that_cannot_be_deleted_there_are_a_line_of_their_own(url, tmp_path, monkeypatch):
+    """And the copy is there."""
+    succeed(save_all(tmp_path / "run", 1, engines(SMALL, draw(SMALL))))
+    folder, remote = tmp_path / "run/checkpoints/step_00000001", Remote(url)
+    remote.upload_share(folder, 0, 1)
+    monkeypatch.setattr(remote, "_retire", lambda *_: 1 / 0)
+    notes = remote.complete(folder, Retention(keep=3))
+    assert notes == [f"step_00000001 is in {url}, but older ones could not be deleted there: ZeroDivisionError: division by zero"]
+    assert remote.has(folder) and fetch(remote, tmp_path / "other", print).name == "step_00000001"
+
+
 class Storage(Remote):
     """Remembers what is asked for, and breaks down at a file, for good or for so many times."""
 

@@ -30,6 +30,7 @@ from .store import Work
 from .tasks import most_workers, remaining
 from .texts import Policy
 
+LAYOUT = 2  # of what lies in PREFIX.work: another version's isn't gone on with
 SHORT = 500  # characters, that a text has in the mean
 
 
@@ -68,7 +69,7 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
                 outputs: Sequence[Path]) -> int:
     sources = find_sources(arguments.input, work.store_stream, outputs)
     dtype = token_dtype(tokenizer.vocab_size)
-    run = {"tokenizer": tokenizer_identity(source) | {"eod": tokenizer.eod}, "dtype": str(dtype),
+    run = {"layout": LAYOUT, "tokenizer": tokenizer_identity(source) | {"eod": tokenizer.eod}, "dtype": str(dtype),
            "versions": versions(tokenizer), "verify": arguments.verify,
            "unit_bytes": arguments.piece_bytes, "options": options(arguments), "inputs": describe(sources)}
     goes_on = work.begin(run)
