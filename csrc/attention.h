@@ -12,6 +12,10 @@
  * megalm/ops/random.py, an element's place being ((head_first + h) queries + i) keys + j, and divides the others by 1 - p; it is on
  * where samples are given. Query head h reads key and value group
  * h / (heads / groups). Strides are in elements and multiples of 8; the last dim is contiguous and rows 16-byte aligned.
+ *
+ * In fp8 (Hopper's path only, without dropout), each head of q, k and v is divided by the least power of two that leaves it within 448 and
+ * rounded to e4m3, and so are the exponentials, of which 2^8 stands for the largest score so far in the order of tiles of 128 keys. Sums of
+ * exponentials, and so lse, are of the unrounded ones. A head with an infinity becomes NaN; one below 2^-48 has the unit of 2^-48.
  */
 #pragma once
 #include "common/api.h"
@@ -27,6 +31,7 @@ typedef struct {
   const void *samples;  /* [batch] int64, global sample indices: dropout is on; or null */
   void *out;            /* [queries, batch, heads, value_dim] by strides */
   void *lse;            /* [batch, heads, queries] fp32: natural log of the sum of exponentials, sink included */
+  void *workspace;      /* of as many bytes as megalm_attention_forward_workspace says, 128-byte aligned; null where it says 0 */
   int64_t batch, heads, groups, queries, keys, head_dim, value_dim;
   int64_t q_row, q_batch, q_head, k_row, k_batch, k_head, v_row, v_batch, v_head, out_row, out_batch, out_head;
   int64_t left, right, head_first;
@@ -34,8 +39,10 @@ typedef struct {
   uint32_t key0, key1, threshold;
   int32_t dtype;
   int32_t portable;  /* not 0: the kernels for sm_80 and up even where Hopper's own serve */
+  int32_t fp8;       /* not 0: the products are of q, k, v and probabilities rounded to e4m3 */
 } megalm_attention_forward_params;
 MEGALM_OPERATION(attention_forward);
+MEGALM_C int64_t megalm_attention_forward_workspace(const megalm_attention_forward_params *params);
 
 /* delta[b][h][i] = sum over the value dim of grad_out out, which is what the gradient of a softmax subtracts. */
 typedef struct {

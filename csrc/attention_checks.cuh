@@ -40,4 +40,10 @@ template <typename Params> bool takes_hopper(const Params &p) {
          copies(p.batch, p.v_batch) && copies(p.groups, p.v_head) && attention_hopper_here();
 }
 
+// Whether a call can be served in fp8; its q, k and v are read by ordinary loads.
+inline bool takes_fp8(const megalm_attention_forward_params &p) {
+  return !p.portable && p.samples == nullptr && p.heads + 2 * p.groups <= 65535 && p.workspace != nullptr &&
+         reinterpret_cast<uintptr_t>(p.workspace) % 128 == 0 && attention_hopper_here();
+}
+
 }  // namespace attention

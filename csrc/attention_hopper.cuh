@@ -6,8 +6,8 @@
 
 namespace attention {
 
-constexpr int panels(int width) { return ceil_div(width, PANEL); }
-constexpr int tile_bytes(int rows, int width) { return panels(width) * rows * PANEL_ROW; }
+template <typename T> __host__ __device__ constexpr int panels(int width) { return ceil_div(width, PANEL<T>); }
+template <typename T> constexpr int tile_bytes(int rows, int width) { return panels<T>(width) * rows * PANEL_ROW; }
 
 // The first address from `pointer` on where tiles may start. The launch asks for SWIZZLE_BYTES more.
 __device__ __forceinline__ unsigned char *first_tile(unsigned char *pointer) {
@@ -15,19 +15,20 @@ __device__ __forceinline__ unsigned char *first_tile(unsigned char *pointer) {
 }
 
 // All panels of a tile of ROWS rows: one thread starts it, after barrier_expect.
-template <int ROWS, int WIDTH>
+template <typename T, int ROWS, int WIDTH>
 __device__ __forceinline__ void load_tile(unsigned char *tile, const TensorMap &map, uint64_t *barrier, int row, int head, int batch) {
+  constexpr int PANELS = panels<T>(WIDTH);
 #pragma unroll
-  for (int panel = 0; panel < panels(WIDTH); panel++)
-    tensor_load(tile + panel * ROWS * PANEL_ROW, map, barrier, panel * PANEL, row, head, batch);
+  for (int panel = 0; panel < PANELS; panel++)
+    tensor_load(tile + panel * ROWS * PANEL_ROW, map, barrier, panel * PANEL<T>, row, head, batch);
 }
 
 // out [64, N] = rows from own_row on of a tile of OWN rows, times all N rows of another; over their WIDTH columns.
 template <typename T, int WIDTH, int OWN, int N>
 __device__ __forceinline__ void start_rows_by_rows(float (&out)[N / 8][4], const unsigned char *own, int own_row, const unsigned char *other) {
 #pragma unroll
-  for (int step = 0; step < WIDTH / STEP; step++) {
-    const int panel = step * STEP / PANEL, within = step % (PANEL / STEP);
+  for (int step = 0; step < WIDTH / STEP<T>; step++) {
+    const int panel = step * STEP<T> / PANEL<T>, within = step % (PANEL<T> / STEP<T>);
     const uint64_t a = along_step(along(own + (panel * OWN + own_row) * PANEL_ROW), within);
     const uint64_t b = along_step(along(other + panel * N * PANEL_ROW), within);
     if (step == 0) Multiply<T, N>::template shared<false, Order::along, Order::along>(out, a, b);
@@ -35,12 +36,17 @@ __device__ __forceinline__ void start_rows_by_rows(float (&out)[N / 8][4], const
   }
 }
 
-// out [64, N] += weights [64, ROWS] (a left operand) times a tile [ROWS, N].
+// out [64, N] += weights [64, ROWS] (a left operand) times a tile [ROWS, N], which lies transposed, [N, ROWS], where it is of bytes.
 template <typename T, int ROWS, int N>
-__device__ __forceinline__ void start_weights_by_rows(float (&out)[N / 8][4], const uint32_t (&weights)[ROWS / STEP][4], const unsigned char *tile) {
+__device__ __forceinline__ void start_weights_by_rows(float (&out)[N / 8][4], const uint32_t (&weights)[ROWS / STEP<T>][4], const unsigned char *tile) {
 #pragma unroll
-  for (int step = 0; step < ROWS / STEP; step++)
-    Multiply<T, N>::template registers<true, Order::across>(out, weights[step], across_step(across(tile, ROWS * PANEL_ROW), step));
+  for (int step = 0; step < ROWS / STEP<T>; step++)
+    if constexpr (sizeof(T) == 1) {
+      static_assert(ROWS == PANEL<T>, "a panel");
+      Multiply<T, N>::template registers<true, Order::along>(out, weights[step], along_step(along(tile), step));
+    } else {
+      Multiply<T, N>::template registers<true, Order::across>(out, weights[step], across_step(across(tile, ROWS * PANEL_ROW), step));
+    }
 }
 
 // Products become scores; distance(n, i) is j - i - offset. What holds for all is asked before the loops, not in them.
@@ -57,14 +63,21 @@ __device__ __forceinline__ void to_scores(float (&values)[TILES][4], const Score
   if (scored.slope != 0.0f) each([&](float x, int n, int i) { return x + scored.slope * distance(n, i); });
 }
 
-// An accumulator, rounded, as the left operand of a product over its columns.
-template <typename T, int TILES> __device__ __forceinline__ void as_weights(uint32_t (&weights)[TILES / 2][4], const float (&values)[TILES][4]) {
+// An accumulator, rounded, as the left operand of a product over its columns. Bytes stay with the thread that has them, which changes the
+// order of the columns: place 4 t + c of 16 has column 8 (c / 2) + 2 t + c % 2 (key_of_place of attention_hopper_quantize.cuh).
+template <typename T, int TILES>
+__device__ __forceinline__ void as_weights(uint32_t (&weights)[TILES * 8 / STEP<T>][4], const float (&values)[TILES][4]) {
 #pragma unroll
-  for (int step = 0; step < TILES / 2; step++)
+  for (int step = 0; step < TILES * 8 / STEP<T>; step++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const float *pair = &values[2 * step + i / 2][i % 2 * 2];
-      weights[step][i] = pair_bits(T(), pair[0], pair[1]);
+      if constexpr (sizeof(T) == 1) {
+        const float *const left = &values[4 * step + i / 2 * 2][i % 2 * 2], *const right = &values[4 * step + i / 2 * 2 + 1][i % 2 * 2];
+        weights[step][i] = four_bits(left[0], left[1], right[0], right[1]);
+      } else {
+        const float *const pair = &values[2 * step + i / 2][i % 2 * 2];
+        weights[step][i] = pair_bits(T(), pair[0], pair[1]);
+      }
     }
 }
 

@@ -28,7 +28,7 @@ struct KeySchedule {
 
 template <typename T, int D, int QUERIES> struct HopperBackward {
   static constexpr int KEYS = 128, CONSUMERS = 2, THREADS = WARPGROUP * (CONSUMERS + 1), STAGES = 2, TILES = QUERIES / 8;
-  static constexpr int OWN_BYTES = tile_bytes(KEYS, D), QUERY_BYTES = tile_bytes(QUERIES, D), SLOPE_BYTES = tile_bytes(KEYS, QUERIES);
+  static constexpr int OWN_BYTES = tile_bytes<T>(KEYS, D), QUERY_BYTES = tile_bytes<T>(QUERIES, D), SLOPE_BYTES = tile_bytes<T>(KEYS, QUERIES);
   static constexpr bool VALUES_EARLY = QUERIES == 64;  // before the slopes, where registers hold both
   static constexpr int LOADS = QUERIES == 64 ? 24 : 40, MULTIPLIES = QUERIES == 64 ? 240 : 232;  // registers a thread of the two roles
   static_assert(QUERIES * D == 8192, "a tile's gradient is 64 rows of 64 columns a warpgroup");
@@ -94,8 +94,8 @@ template <typename T, int D, int QUERIES> struct HopperBackward {
     if (lane == 0) {
       uint64_t *const here = shared.barriers + OWN_HERE;
       barrier_expect(here, 2 * OWN_BYTES);
-      load_tile<KEYS, D>(shared.keys, maps.k, here, work.first_key, work.group, work.batch);
-      load_tile<KEYS, D>(shared.values, maps.v, here, work.first_key, work.group, work.batch);
+      load_tile<T, KEYS, D>(shared.keys, maps.k, here, work.first_key, work.group, work.batch);
+      load_tile<T, KEYS, D>(shared.values, maps.v, here, work.first_key, work.group, work.batch);
     }
     for (int turn = 0; turn < work.turns(); turn++) {
       const Place<STAGES> place(turn);
@@ -104,7 +104,7 @@ template <typename T, int D, int QUERIES> struct HopperBackward {
       barrier_wait(shared.barriers + QUERIES_LEFT + place.stage, place.parity ^ 1);
       if (lane == 0) {
         barrier_expect(here, QUERY_BYTES);
-        load_tile<QUERIES, D>(shared.queries + place.stage * QUERY_BYTES, maps.q, here, query, head, work.batch);
+        load_tile<T, QUERIES, D>(shared.queries + place.stage * QUERY_BYTES, maps.q, here, query, head, work.batch);
       }
       const int64_t row = (work.batch * p.heads + head) * p.queries;
       QueryFacts<QUERIES> &facts = shared.facts[place.stage];
@@ -119,7 +119,7 @@ template <typename T, int D, int QUERIES> struct HopperBackward {
       barrier_wait(shared.barriers + GRADS_LEFT + place.stage, place.parity ^ 1);
       if (lane == 0) {
         barrier_expect(grads_here, QUERY_BYTES);
-        load_tile<QUERIES, D>(shared.grads + place.stage * QUERY_BYTES, maps.grad_out, grads_here, query, head, work.batch);
+        load_tile<T, QUERIES, D>(shared.grads + place.stage * QUERY_BYTES, maps.grad_out, grads_here, query, head, work.batch);
       }
     }
   }
@@ -190,7 +190,7 @@ template <typename T, int D, int QUERIES> struct HopperBackward {
     const uint64_t a = across(slopes + (QUERIES == 64 ? 0 : consumer()) * KEYS * PANEL_ROW, KEYS * PANEL_ROW);
     const uint64_t b = across(keys + (QUERIES == 64 ? consumer() : 0) * KEYS * PANEL_ROW, KEYS * PANEL_ROW);
 #pragma unroll
-    for (int step = 0; step < KEYS / STEP; step++) {
+    for (int step = 0; step < KEYS / STEP<T>; step++) {
       if (step == 0) Multiply<T, 64>::template shared<false, Order::across, Order::across>(grad_q, a, b);
       else Multiply<T, 64>::template shared<true, Order::across, Order::across>(grad_q, across_step(a, step), across_step(b, step));
     }
@@ -324,13 +324,12 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
 template <typename T, int D, int QUERIES> int launch_hopper_backward(const megalm_attention_backward_params &p, megalm_stream stream) {
   using B = HopperBackward<T, D, QUERIES>;
   const auto kernel = attention_hopper_backward<T, D, QUERIES>;
-  constexpr bool IS_BF16 = std::is_same<T, bf16>::value;
   BackwardMaps maps;
-  int error = make_tensor_map(maps.q, IS_BF16, p.q, {D, p.queries, p.heads, p.batch, p.q_row, p.q_head, p.q_batch}, QUERIES);
-  if (error == cudaSuccess) error = make_tensor_map(maps.k, IS_BF16, p.k, {D, p.keys, p.groups, p.batch, p.k_row, p.k_head, p.k_batch}, B::KEYS);
-  if (error == cudaSuccess) error = make_tensor_map(maps.v, IS_BF16, p.v, {D, p.keys, p.groups, p.batch, p.v_row, p.v_head, p.v_batch}, B::KEYS);
+  int error = make_tensor_map<T>(maps.q, p.q, {D, p.queries, p.heads, p.batch, p.q_row, p.q_head, p.q_batch}, QUERIES);
+  if (error == cudaSuccess) error = make_tensor_map<T>(maps.k, p.k, {D, p.keys, p.groups, p.batch, p.k_row, p.k_head, p.k_batch}, B::KEYS);
+  if (error == cudaSuccess) error = make_tensor_map<T>(maps.v, p.v, {D, p.keys, p.groups, p.batch, p.v_row, p.v_head, p.v_batch}, B::KEYS);
   if (error == cudaSuccess)
-    error = make_tensor_map(maps.grad_out, IS_BF16, p.grad_out, {D, p.queries, p.heads, p.batch, p.out_row, p.out_head, p.out_batch}, QUERIES);
+    error = make_tensor_map<T>(maps.grad_out, p.grad_out, {D, p.queries, p.heads, p.batch, p.out_row, p.out_head, p.out_batch}, QUERIES);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, B::SHARED_BYTES);
   if (error != cudaSuccess) return error;
   const Sums sums = Sums::make(p, QUERIES);

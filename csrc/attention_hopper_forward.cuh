@@ -3,12 +3,23 @@
 // queries, whose scores and sums never leave its registers. While one computes exponentials, the tensor cores have another's products
 // (turns), and within one the products with the values of a tile run beside the exponentials of the next. Math: attention.h; the
 // schedule is that of Shah et al., "FlashAttention-3", 2024, section 3.
+//
+// The products are of T, or of bytes (In is e4m3), which attention_hopper_quantize.cuh has made of q, k and v.
 #pragma once
 #include "attention_hopper.cuh"
 
 namespace attention {
 
 struct ForwardMaps { TensorMap q, k, v; };
+
+// What a 1 of each head is worth, where it was rounded to bytes.
+struct Units {
+  const float *all;  // [batch, heads + 2 groups]: of q, of k, of v
+  int heads, groups;
+  __device__ __forceinline__ float query(int batch, int head) const { return all[batch * (heads + 2 * groups) + head]; }
+  __device__ __forceinline__ float key(int batch, int group) const { return query(batch, heads + group); }
+  __device__ __forceinline__ float value(int batch, int group) const { return query(batch, heads + groups + group); }
+};
 
 constexpr int64_t SECTION_BYTES = 32 << 20;  // of keys and values that are in use at a time: of Hopper's 50 MB of L2
 
@@ -27,9 +38,13 @@ struct Schedule {
   }
 };
 
-template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForward {
+template <typename T, typename In, int D, int E, int CONSUMERS, int KEYS> struct HopperForward {
   static constexpr int ROWS = 64 * CONSUMERS, THREADS = WARPGROUP * (CONSUMERS + 1), STAGES = 2, TILES = KEYS / 8, OUT_TILES = E / 8;
-  static constexpr int QUERY_BYTES = tile_bytes(ROWS, D), KEY_BYTES = tile_bytes(KEYS, D), VALUE_BYTES = tile_bytes(KEYS, E);
+  static constexpr bool BYTES = sizeof(In) == 1;
+  static constexpr int QUERY_BYTES = tile_bytes<In>(ROWS, D), KEY_BYTES = tile_bytes<In>(KEYS, D);
+  static constexpr int VALUE_BYTES = BYTES ? tile_bytes<In>(E, KEYS) : tile_bytes<In>(KEYS, E);
+  // Weights are at most two to this: bytes are finest, beside 0, from 2^-6 on, and go to 448.
+  static constexpr float LIFT = BYTES ? 8.0f : 0.0f;
   enum Barriers { QUERIES_HERE, QUERIES_LEFT, KEYS_HERE, KEYS_LEFT = KEYS_HERE + STAGES, VALUES_HERE = KEYS_LEFT + STAGES,
                   VALUES_LEFT = VALUES_HERE + STAGES, BARRIERS = VALUES_LEFT + STAGES };
   static constexpr int SHARED_BYTES = SWIZZLE_BYTES + QUERY_BYTES + STAGES * (KEY_BYTES + VALUE_BYTES) + BARRIERS * int(sizeof(uint64_t));
@@ -53,7 +68,7 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
   // Of this thread: queries g and g + 8 of its warp's 16 (lane 4 g + t), all keys 8 n + 2 t, + 1 of a tile.
   float scores[TILES][4], out[OUT_TILES][4];
   float maximum[2], total[2], rescale[2];
-  uint32_t weights[TILES / 2][4];
+  uint32_t weights[KEYS / STEP<In>][4];
   int begin[2], end[2];
 
   __device__ __forceinline__ static int consumer() { return threadIdx.x / WARPGROUP - 1; }
@@ -104,7 +119,7 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
 #pragma unroll
       for (int n = 0; n < TILES; n++) largest = fmaxf(largest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
       largest = reduce_quad(largest, [](float a, float b) { return fmaxf(a, b); });
-      const float from = largest == -INFINITY ? 0.0f : largest * unit;  // nothing seen yet: exponentials of -inf, not of NaN
+      const float from = largest == -INFINITY ? 0.0f : largest * unit - LIFT;  // nothing seen yet: exponentials of -inf, not of NaN
       rescale[half] = largest == -INFINITY ? 1.0f : power_of_two((maximum[half] - largest) * unit);
       maximum[half] = largest;
       float sum = 0.0f;
@@ -126,8 +141,8 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
       for (int i = 0; i < 4; i++) out[n][i] *= rescale[i / 2];
   }
 
-  // Divides by the sums, and writes lse and the output.
-  __device__ __forceinline__ void finish(const megalm_attention_forward_params &p, const Work &work, float unit) {
+  // Divides by the sums, which have been lifted as the output was, and writes lse and the output. value_unit: what a 1 of the values is.
+  __device__ __forceinline__ void finish(const megalm_attention_forward_params &p, const Work &work, float unit, float value_unit) {
     const float *const sinks = (const float *)p.sinks;
     float *const lse = (float *)p.lse + (work.batch * p.heads + work.head) * p.queries;
     T *const rows = (T *)p.out + work.batch * p.out_batch + work.head * p.out_head;
@@ -136,7 +151,7 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       float sum = reduce_quad(total[half], [](float a, float b) { return a + b; });
-      float largest = maximum[half] * unit, factor = 1.0f;
+      float largest = maximum[half] * unit - LIFT, factor = 1.0f;
       if (sinks != nullptr) {
         const float sink = sinks[work.head] * LOG2E, top = fmaxf(largest, sink);
         factor = power_of_two(largest - top);
@@ -146,7 +161,7 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
       const int query = work.first_query + row(half);
       const bool here = query < p.queries;
       if (threadIdx.x % 4 == 0 && here) lse[query] = sum > 0.0f ? (largest + log2f(sum)) * LN2 : -INFINITY;
-      share[half] = sum > 0.0f ? factor / sum : 0.0f;
+      share[half] = sum > 0.0f ? factor / sum * value_unit : 0.0f;
       to[half] = here ? rows + query * p.out_row : nullptr;
     }
     write_fragment<E>(to, out, share);
@@ -193,18 +208,20 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
         const Place<STAGES> place(n);
         barrier_wait(shared.keys_left(place.stage), place.parity ^ 1);
         barrier_expect(shared.keys_here(place.stage), KEY_BYTES);
-        load_tile<KEYS, D>(shared.keys + place.stage * KEY_BYTES, maps.k, shared.keys_here(place.stage), key, group, work.batch);
+        load_tile<In, KEYS, D>(shared.keys + place.stage * KEY_BYTES, maps.k, shared.keys_here(place.stage), key, group, work.batch);
       };
       barrier_wait(shared.barriers + QUERIES_LEFT, done++ % 2 ^ 1);
       barrier_expect(shared.barriers + QUERIES_HERE, QUERY_BYTES);
-      load_tile<ROWS, D>(shared.queries, maps.q, shared.barriers + QUERIES_HERE, work.first_query, work.head, work.batch);
+      load_tile<In, ROWS, D>(shared.queries, maps.q, shared.barriers + QUERIES_HERE, work.first_query, work.head, work.batch);
       if (work.begin < work.end) load_keys(turn, work.begin);
       for (int key = work.begin; key < work.end; key += KEYS, turn++) {
         if (key + KEYS < work.end) load_keys(turn + 1, key + KEYS);  // which are wanted before these values
         const Place<STAGES> place(turn);
         barrier_wait(shared.values_left(place.stage), place.parity ^ 1);
         barrier_expect(shared.values_here(place.stage), VALUE_BYTES);
-        load_tile<KEYS, E>(shared.values + place.stage * VALUE_BYTES, maps.v, shared.values_here(place.stage), key, group, work.batch);
+        unsigned char *const to = shared.values + place.stage * VALUE_BYTES;
+        if constexpr (BYTES) tensor_load(to, maps.v, shared.values_here(place.stage), key, 0, group, work.batch);  // [E, KEYS]
+        else load_tile<In, KEYS, E>(to, maps.v, shared.values_here(place.stage), key, group, work.batch);
       }
     }
   }
@@ -213,18 +230,19 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
     barrier_wait(shared.keys_here(place.stage), place.parity);
     take_turn();
     matrix_fence();
-    start_rows_by_rows<T, D, ROWS, KEYS>(scores, shared.queries, consumer() * 64, shared.keys + place.stage * KEY_BYTES);
+    start_rows_by_rows<In, D, ROWS, KEYS>(scores, shared.queries, consumer() * 64, shared.keys + place.stage * KEY_BYTES);
     matrix_commit();
   }
   __device__ __forceinline__ void start_output(const Shared &shared, const Place<STAGES> &place) {
     barrier_wait(shared.values_here(place.stage), place.parity);
     matrix_fence();
-    start_weights_by_rows<T, KEYS, E>(out, weights, shared.values + place.stage * VALUE_BYTES);
+    start_weights_by_rows<In, KEYS, E>(out, weights, shared.values + place.stage * VALUE_BYTES);
     matrix_commit();
   }
 
   // A warpgroup: its 64 queries of every tile.
-  __device__ __forceinline__ static void multiply(const megalm_attention_forward_params &p, const Schedule &schedule, const Shared &shared) {
+  __device__ __forceinline__ static void multiply(const megalm_attention_forward_params &p, const Units &units, const Schedule &schedule,
+                                                  const Shared &shared) {
     const int offset = int(p.keys - p.queries);
     int turn = 0, done = 0;
     if (consumer() == CONSUMERS - 1) pass_turn();  // the first one's turn
@@ -233,7 +251,9 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
       if (index >= schedule.tiles) continue;
       const Work work(p, schedule, index);
       const Visible visible = visible_of(p, work.batch);
-      const Score scored = Score::make(p.scale, p.softcap, (const float *)p.slopes, work.head);
+      const int group = work.head / int(p.heads / p.groups);
+      const double scale = BYTES ? p.scale * units.query(work.batch, work.head) * units.key(work.batch, group) : p.scale;
+      const Score scored = Score::make(scale, p.softcap, (const float *)p.slopes, work.head);
       // What all of them see needs no mask.
       const int all_begin = visible.begin(work.last_query);
       const int all_end = work.last_query + 1 - work.first_query == ROWS ? visible.end(work.first_query) : 0;
@@ -250,7 +270,7 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
         warp_arrive(shared.keys_left(place.stage));
         f.score(scored, work.first_query, work.begin, offset, whole(work.begin));
         f.exponentiate(scored.unit);
-        as_weights<T>(f.weights, f.scores);
+        as_weights<In>(f.weights, f.scores);
       }
       for (int key = work.begin + KEYS; key < work.end; key += KEYS, turn++) {
         const Place<STAGES> before(turn), place(turn + 1);
@@ -266,7 +286,7 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
         matrix_settle(f.out);
         warp_arrive(shared.values_left(before.stage));
         f.scale_output();
-        as_weights<T>(f.weights, f.scores);
+        as_weights<In>(f.weights, f.scores);
       }
       warp_arrive(shared.barriers + QUERIES_LEFT);
       if (work.begin < work.end) {
@@ -276,17 +296,17 @@ template <typename T, int D, int E, int CONSUMERS, int KEYS> struct HopperForwar
         matrix_settle(f.out);
         warp_arrive(shared.values_left(last.stage));
       }
-      f.finish(p, work, scored.unit);
+      f.finish(p, work, scored.unit, BYTES ? units.value(work.batch, group) : 1.0f);
     }
     if (consumer() == 0) take_turn();  // that the last one passed
   }
 };
 
-template <typename T, int D, int E, int CONSUMERS, int KEYS>
+template <typename T, typename In, int D, int E, int CONSUMERS, int KEYS>
 __global__ void __launch_bounds__(WARPGROUP *(CONSUMERS + 1), 1)
-    attention_hopper_forward(const megalm_attention_forward_params p, MEGALM_CONSTANT ForwardMaps maps, const Schedule schedule) {
+    attention_hopper_forward(const megalm_attention_forward_params p, MEGALM_CONSTANT ForwardMaps maps, const Units units, const Schedule schedule) {
 #ifdef MEGALM_HOPPER
-  using F = HopperForward<T, D, E, CONSUMERS, KEYS>;
+  using F = HopperForward<T, In, D, E, CONSUMERS, KEYS>;
   MEGALM_DYNAMIC_SHARED(unsigned char, dynamic);
   const typename F::Shared shared(dynamic);
   if (threadIdx.x == 0) shared.start();
@@ -296,28 +316,33 @@ __global__ void __launch_bounds__(WARPGROUP *(CONSUMERS + 1), 1)
     if (threadIdx.x == 0) F::load(p, maps, schedule, shared);
   } else {
     more_registers<Registers<CONSUMERS>::MULTIPLIES>();
-    F::multiply(p, schedule, shared);
+    F::multiply(p, units, schedule, shared);
   }
 #endif
 }
 
-template <typename T, int D, int E, int CONSUMERS, int KEYS>
-int launch_hopper_forward(const megalm_attention_forward_params &p, megalm_stream stream) {
-  using F = HopperForward<T, D, E, CONSUMERS, KEYS>;
-  const auto kernel = attention_hopper_forward<T, D, E, CONSUMERS, KEYS>;
-  ForwardMaps maps;
-  int error = make_tensor_map(maps.q, p.dtype == MEGALM_BF16, p.q, {p.head_dim, p.queries, p.heads, p.batch, p.q_row, p.q_head, p.q_batch}, F::ROWS);
-  if (error == cudaSuccess)
-    error = make_tensor_map(maps.k, p.dtype == MEGALM_BF16, p.k, {p.head_dim, p.keys, p.groups, p.batch, p.k_row, p.k_head, p.k_batch}, KEYS);
-  if (error == cudaSuccess)
-    error = make_tensor_map(maps.v, p.dtype == MEGALM_BF16, p.v, {p.value_dim, p.keys, p.groups, p.batch, p.v_row, p.v_head, p.v_batch}, KEYS);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SHARED_BYTES);
+// The kernel, once its maps are made.
+template <typename T, typename In, int D, int E, int CONSUMERS, int KEYS>
+int start_hopper_forward(const megalm_attention_forward_params &p, const ForwardMaps &maps, const Units &units, megalm_stream stream) {
+  using F = HopperForward<T, In, D, E, CONSUMERS, KEYS>;
+  const auto kernel = attention_hopper_forward<T, In, D, E, CONSUMERS, KEYS>;
+  const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SHARED_BYTES);
   if (error != cudaSuccess) return error;
   const int64_t heads = p.batch * p.heads, rows = ceil_div(p.queries, int64_t(F::ROWS)), each = p.heads / p.groups;
-  const int64_t fit = max(SECTION_BYTES / (p.keys * (D + E) * int64_t(sizeof(T))), int64_t(1)) * each;
+  const int64_t fit = max(SECTION_BYTES / (p.keys * (D + E) * int64_t(sizeof(In))), int64_t(1)) * each;
   const Schedule schedule{int(rows), int(heads), int(min(fit, heads)), int(rows * heads)};
-  MEGALM_LAUNCH(kernel, dim3(unsigned(min(rows * heads, int64_t(processors())))), dim3(F::THREADS), F::SHARED_BYTES, stream, p, maps, schedule);
+  MEGALM_LAUNCH(kernel, dim3(unsigned(min(rows * heads, int64_t(processors())))), dim3(F::THREADS), F::SHARED_BYTES, stream, p, maps, units, schedule);
   return cudaSuccess;
+}
+
+template <typename T, int D, int E, int CONSUMERS, int KEYS>
+int launch_hopper_forward(const megalm_attention_forward_params &p, megalm_stream stream) {
+  constexpr int ROWS = HopperForward<T, T, D, E, CONSUMERS, KEYS>::ROWS;
+  ForwardMaps maps;
+  int error = make_tensor_map<T>(maps.q, p.q, {p.head_dim, p.queries, p.heads, p.batch, p.q_row, p.q_head, p.q_batch}, ROWS);
+  if (error == cudaSuccess) error = make_tensor_map<T>(maps.k, p.k, {p.head_dim, p.keys, p.groups, p.batch, p.k_row, p.k_head, p.k_batch}, KEYS);
+  if (error == cudaSuccess) error = make_tensor_map<T>(maps.v, p.v, {p.value_dim, p.keys, p.groups, p.batch, p.v_row, p.v_head, p.v_batch}, KEYS);
+  return error != cudaSuccess ? error : start_hopper_forward<T, T, D, E, CONSUMERS, KEYS>(p, maps, {}, stream);
 }
 
 }  // namespace attention

@@ -16,8 +16,12 @@
 MEGALM_ATTENTION_INSTANCES
 #undef MEGALM_ATTENTION_INSTANCE
 
-/* Of those, the ones that have kernels of Hopper's own instructions, forward and backward. */
+/* Of those, the ones that have kernels of Hopper's own instructions: forward, forward in fp8, backward. */
 #define MEGALM_ATTENTION_HOPPER_FORWARD MEGALM_ATTENTION_INSTANCES
+#define MEGALM_ATTENTION_HOPPER_FP8 \
+  MEGALM_ATTENTION_INSTANCE(64, 64)   \
+  MEGALM_ATTENTION_INSTANCE(128, 128) \
+  MEGALM_ATTENTION_INSTANCE(256, 256)
 #define MEGALM_ATTENTION_HOPPER_BACKWARD \
   MEGALM_ATTENTION_INSTANCE(64, 64)      \
   MEGALM_ATTENTION_INSTANCE(128, 128)
@@ -25,6 +29,9 @@ MEGALM_ATTENTION_INSTANCES
 #define MEGALM_ATTENTION_INSTANCE(d, e) \
   int attention_hopper_forward_##d##_##e(const megalm_attention_forward_params &params, megalm_stream stream);
 MEGALM_ATTENTION_HOPPER_FORWARD
+#undef MEGALM_ATTENTION_INSTANCE
+#define MEGALM_ATTENTION_INSTANCE(d, e) int attention_hopper_fp8_##d##_##e(const megalm_attention_forward_params &params, megalm_stream stream);
+MEGALM_ATTENTION_HOPPER_FP8
 #undef MEGALM_ATTENTION_INSTANCE
 #define MEGALM_ATTENTION_INSTANCE(d, e)                                                                          \
   int attention_hopper_backward_##d##_##e(const megalm_attention_backward_params &params, megalm_stream stream); \

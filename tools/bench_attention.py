@@ -1,4 +1,5 @@
-"""Attention's kernels side by side: ours by both paths, in a fixed order of sums and in none, SDPA's flash and cuDNN, flash_attn.
+"""Attention's kernels side by side: ours by both paths, in a fixed order of sums and in none, with a forward pass in fp8, SDPA's
+flash and cuDNN, flash_attn.
 
     python -m megalm.tools.bench_attention                             # on a GPU: 2k to 32k tokens, head dims 64 and 128
     python -m megalm.tools.bench_attention --lengths 4096 8192 16384 --dims 128 --figures found.json
@@ -6,8 +7,8 @@
 
 Hidden size 2048 and 16384 tokens (more where one sequence is longer), bf16, as in the papers on FlashAttention. FLOPs are two
 products forward and five backward over the scores that are seen; a fraction is of the rate of a bf16 matrix product in the same
-run. Backward passes go through the graph of one forward pass again and again. What is asked (ASKED) is asked of ratios within
-one run.
+run, that of the forward pass in fp8 of an fp8 product (torch._scaled_mm, where it runs). Backward passes go through the graph of
+one forward pass again and again. What is asked (ASKED) is asked of ratios within one run.
 """
 from __future__ import annotations
 
@@ -29,11 +30,12 @@ from megalm.ops.attention import attention
 from megalm.ops.kernels.attention import portable
 from megalm.ops.library import use_shim
 from megalm.tools._command import Parser, positive, run
-from megalm.tools.bench_clock import ceilings, clock_of, measure
+from megalm.tools.bench_clock import ceilings, clock_of, fp8_ceiling, measure
 
 LENGTHS, DIMS = (2048, 4096, 8192, 16384, 32768), (64, 128)
 HIDDEN, TOKENS = 2048, 16384
-HOPPER, PORTABLE, ORDERED, FLASH, CUDNN = "megalm", "megalm portable", "megalm in order", "sdpa flash", "sdpa cudnn"
+HOPPER, PORTABLE, ORDERED, FP8 = "megalm", "megalm portable", "megalm in order", "megalm fp8"
+FLASH, CUDNN = "sdpa flash", "sdpa cudnn"
 OUT_OF_PLACE = (ValueError, ImportError, RuntimeError)
 
 
@@ -100,13 +102,14 @@ def _flash_attn(causal: bool) -> Callable[..., Tensor]:
 
 def contenders(shape: Shape) -> dict[str, tuple[Callable[[], Callable[..., Tensor]], bool]]:
     """{name: (makes the function of q, k, v; whether their lengths come first, as ours, or their batch)}."""
-    def ours(around: Callable, deterministic: bool = False) -> Callable[[], Callable[..., Tensor]]:
+    def ours(around: Callable = nullcontext, **options: bool) -> Callable[[], Callable[..., Tensor]]:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with around():
-                return attention(q, k, v, causal=shape.causal, backend="megalm", deterministic=deterministic)
+                return attention(q, k, v, causal=shape.causal, backend="megalm", **options)
         return lambda: call
 
-    return {HOPPER: (ours(nullcontext), True), PORTABLE: (ours(portable), True), ORDERED: (ours(nullcontext, True), True),
+    return {HOPPER: (ours(), True), PORTABLE: (ours(portable), True), ORDERED: (ours(deterministic=True), True),
+            FP8: (ours(fp8=True), True),
             FLASH: (lambda: _sdpa(SDPBackend.FLASH_ATTENTION, shape.causal), False),
             CUDNN: (lambda: _sdpa(SDPBackend.CUDNN_ATTENTION, shape.causal), False),
             "flash_attn": (lambda: _flash_attn(shape.causal), False)}
@@ -131,8 +134,8 @@ def _calls(call: Callable[..., Tensor], shape: Shape, lengths_first: bool, devic
     return {"forward": forward, "backward": backward}
 
 
-def race(shape: Shape, device: str, matmul: float, quick: bool = False) -> dict[str, Any]:
-    """Seconds, fractions of `matmul` FLOP/s and targets of one shape, in the form of tools/bench_ops.py."""
+def race(shape: Shape, device: str, matmul: float, fp8: float | None = None, quick: bool = False) -> dict[str, Any]:
+    """Seconds, fractions and targets of one shape, in the form of tools/bench_ops.py. matmul, fp8: FLOP/s of products."""
     calls, skipped = {}, {}
     for name, (make, lengths_first) in contenders(shape).items():
         try:
@@ -146,7 +149,8 @@ def race(shape: Shape, device: str, matmul: float, quick: bool = False) -> dict[
     seconds = {name: {phase: times[phase][name] for phase in work} for name in calls}
     return {"op": "attention", "name": shape.name, "dtype": "bfloat16", "ranks": False, "ceiling": "matmul", "work": work,
             "skipped": skipped, "memory": {}, "seconds": seconds,
-            "fractions": {name: {phase: work[phase] / mine[phase] / matmul for phase in work} for name, mine in seconds.items()},
+            "fractions": {name: {phase: work[phase] / mine[phase] / (fp8 if fp8 and (name, phase) == (FP8, "forward") else matmul)
+                                 for phase in work} for name, mine in seconds.items()},
             "targets": list(verdicts(seconds)) if shape.is_asked else []}
 
 
@@ -177,16 +181,17 @@ def bench(arguments: argparse.Namespace) -> int:
     elif not torch.cuda.is_available():
         raise ValueError("there is no GPU here; --shim LIBRARY tries all of it on the CPU, tiny")
     device, size = ("cpu", "tiny") if arguments.shim else ("cuda", "full")
-    matmul = ceilings(device, size, bool(arguments.shim))["matmul"]
+    quick = bool(arguments.shim)
+    matmul, fp8 = ceilings(device, size, quick)["matmul"], fp8_ceiling(device, size, quick)
     name = "cpu" if arguments.shim else torch.cuda.get_device_name()
-    print(f"{name}: multiplies {matmul / 1e12:.2f} TFLOP/s in bf16")
+    print(f"{name}: multiplies {matmul / 1e12:.2f} TFLOP/s in bf16" + (f", {fp8 / 1e12:.2f} in fp8" if fp8 else ""))
     records = []
     for shape in [TINY] if arguments.shim else shapes(arguments.lengths, arguments.dims):
-        records.append(race(shape, device, matmul, bool(arguments.shim)))
+        records.append(race(shape, device, matmul, fp8, quick))
         print("\n".join(lines(records[-1])), flush=True)
         if arguments.figures:
             facts = {"device": name, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "workloads": records}
-            arguments.figures.write_text(json.dumps({**facts, "ceilings": {"matmul": matmul}}, indent=1) + "\n")
+            arguments.figures.write_text(json.dumps({**facts, "ceilings": {"matmul": matmul, "fp8": fp8}}, indent=1) + "\n")
     return 0 if all(target["met"] for record in records for target in record["targets"]) else 1
 
 

@@ -96,6 +96,21 @@ def ceilings(device: str, size: str, quick: bool = False) -> dict[str, float]:
     return {"copy": 2 * count / found["copy"], "matmul": 2.0 * edge**3 / found["matmul"]}
 
 
+def fp8_ceiling(device: str, size: str, quick: bool = False) -> float | None:
+    """FLOP/s of torch's product of e4m3 matrices, a row by columns as its tensor cores want them; None where it has none here."""
+    edge = SIZES[size][1]
+    a, b = (torch.randn(edge, edge, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device)
+
+    def product() -> None:
+        torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    try:
+        return 2.0 * edge**3 / measure({"matmul": [product]}, clock_of(device, quick))["matmul"]
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
 def input_sets(device: str, moved: float) -> int:
     """How many copies of inputs make the traffic of a round several times the cache."""
     if device != "cuda":

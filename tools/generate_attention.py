@@ -19,7 +19,8 @@ class Shape:
 
     The portable path: `sets` of 16 queries a warp and `keys` a tile forward; `tile` rows of the other side backward; `split`: the
     gradients of keys and values one after the other, where a thread's 255 registers don't hold both sums.
-    Hopper's: `consumers` warpgroups of 64 queries and `hopper_keys` a tile forward; `queries` a tile backward, None: no kernel.
+    Hopper's: `consumers` warpgroups of 64 queries and `hopper_keys` a tile forward; `queries` a tile backward, None: no kernel;
+    `fp8`: whether there is one, forward, of bytes, which has 128 keys a tile.
     """
 
     head_dim: int
@@ -31,15 +32,16 @@ class Shape:
     consumers: int = 2
     hopper_keys: int = 128
     queries: int | None = None
+    fp8: bool = False
 
 
 SHAPES = (
-    Shape(64, 64, sets=2, keys=64, tile=64, consumers=3, queries=128),
+    Shape(64, 64, sets=2, keys=64, tile=64, consumers=3, queries=128, fp8=True),
     Shape(80, 80, sets=2, keys=64, tile=64),
     Shape(96, 96, sets=2, keys=64, tile=64),
-    Shape(128, 128, sets=2, keys=64, tile=64, queries=64),
+    Shape(128, 128, sets=2, keys=64, tile=64, queries=64, fp8=True),
     Shape(192, 128, sets=2, keys=64, tile=32),
-    Shape(256, 256, sets=1, keys=64, tile=32, split=True, hopper_keys=64),
+    Shape(256, 256, sets=1, keys=64, tile=32, split=True, hopper_keys=64, fp8=True),
 )
 
 _FILE = """// Made by tools/generate_attention.py.
@@ -68,8 +70,10 @@ def files() -> dict[str, str]:
                 "hopper_forward": f"{d}, {e}, {shape.consumers}, {shape.hopper_keys}"}
         if shape.queries is not None:
             rest["hopper_backward"] = f"{d}, {shape.queries}"
+        if shape.fp8:
+            rest["hopper_fp8"] = f"{d}, {e}, {shape.consumers}, 128"
         for name, arguments in rest.items():
-            text = _FILE.format(name=name, direction=name.removeprefix("hopper_"), d=d, e=e, rest=arguments)
+            text = _FILE.format(name=name, direction="backward" if "backward" in name else "forward", d=d, e=e, rest=arguments)
             if name == "hopper_backward":
                 text += _WORKSPACE.format(d=d, e=e, queries=shape.queries)
             made[f"attention_{name}_d{d}.cu"] = text

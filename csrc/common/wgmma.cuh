@@ -1,16 +1,17 @@
-// The matrix instructions of sm_90a: 128 threads together multiply [64, 16] by [16, N] into fp32 registers, in the background. Each
-// PTX instruction sits in a wrapper that shim/wgmma.h has too. Facts: PTX ISA 8.x, section "Asynchronous Warpgroup Level Matrix
-// Instructions" (fragments, descriptors, the canonical layouts of the 128-byte swizzle).
+// The matrix instructions of sm_90a: 128 threads together multiply [64, 16] by [16, N] of 16-bit elements, or [64, 32] by [32, N] of bytes,
+// into fp32 registers, in the background. Each PTX instruction sits in a wrapper that shim/wgmma.h has too. Facts: PTX ISA 8.x, section
+// "Asynchronous Warpgroup Level Matrix Instructions" (fragments, descriptors, the canonical layouts of the 128-byte swizzle).
 //
 // An accumulator [N / 8][4] is [64, N]: warp w of the warpgroup and lane 4 g + t have rows 16 w + g (elements 0, 1) and 16 w + g + 8
-// (2, 3), columns 8 n + 2 t, + 1. A left operand in registers is two neighbouring accumulators, rounded.
+// (2, 3), columns 8 n + 2 t, + 1. A left operand in registers is two neighbouring accumulators, rounded; of bytes it is four, but its
+// columns come in another order: register i of a lane has row g (i = 0, 2) or g + 8 and columns 16 (i / 2) + 4 t .. + 3.
 //
-// Tiles lie in shared memory as panels of 64 columns, [columns / 64][rows][64], as tensor_load puts them. An operand whose product is
-// over its columns is read `along` them; one whose product is over its rows, `across`.
+// Tiles lie in shared memory as panels of 128 bytes a row, [columns / PANEL][rows][PANEL], as tensor_load puts them. An operand whose
+// product is over its columns is read `along` them; one whose product is over its rows, `across`, which bytes can't be.
 #pragma once
 #include "common/hopper.cuh"
 
-constexpr int STEP = 16;  // of the product, an instruction
+template <typename T> constexpr int STEP = 32 / int(sizeof(T));  // of the product, an instruction
 
 // A descriptor of an operand: bits 0 to 13 the address, 16 to 29 and 32 to 45 two distances, all in 16 bytes, 62 and 63 the swizzle.
 __device__ __forceinline__ uint64_t operand(const void *start, int leading, int stride) {
@@ -20,9 +21,9 @@ __device__ __forceinline__ uint64_t operand(const void *start, int leading, int 
 __device__ __forceinline__ uint64_t along(const void *start) { return operand(start, 16, SWIZZLE_BYTES); }
 // All columns of panels that are `panel_bytes` apart.
 __device__ __forceinline__ uint64_t across(const void *start, int panel_bytes) { return operand(start, panel_bytes, SWIZZLE_BYTES); }
-// The operand's next 16 columns (along, within a panel) or rows (across).
-__device__ __forceinline__ uint64_t along_step(uint64_t operand, int steps) { return operand + (steps * STEP * 2 >> 4); }
-__device__ __forceinline__ uint64_t across_step(uint64_t operand, int steps) { return operand + (steps * STEP * PANEL_ROW >> 4); }
+// The operand's next 32 bytes of columns (along, within a panel) or 16 rows (across).
+__device__ __forceinline__ uint64_t along_step(uint64_t operand, int steps) { return operand + (steps * 32 >> 4); }
+__device__ __forceinline__ uint64_t across_step(uint64_t operand, int steps) { return operand + (steps * 16 * PANEL_ROW >> 4); }
 
 enum class Order { along, across };
 
@@ -83,6 +84,25 @@ template <typename T, int N> struct Multiply;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(ADD)), "n"(int(B)));                         \
     }                                                                                                                         \
   };
+// Of bytes: the same without the choice of how operands are read.
+#define MEGALM_MULTIPLY_BYTES(N, i0, i1, i2, i3, i4, i5)                                                          \
+  template <> struct Multiply<e4m3, N> {                                                                                      \
+    template <bool ADD, Order A, Order B> __device__ __forceinline__ static void shared(float (&d)[N / 8][4], uint64_t a, uint64_t b) { \
+      static_assert(A == Order::along && B == Order::along, "bytes are read along their columns");                          \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #i2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3"      \
+                   " {" MEGALM_LIST##N "}, %" #i0 ", %" #i1 ", add, 1, 1;\n}\n"                                                       \
+                   : MEGALM_OUTS##N                                                                                                     \
+                   : "l"(a), "l"(b), "n"(int(ADD)));                                                                          \
+    }                                                                                                                         \
+    template <bool ADD, Order B>                                                                                              \
+    __device__ __forceinline__ static void registers(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b) {              \
+      static_assert(B == Order::along, "bytes are read along their columns");                                                \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #i5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3"      \
+                   " {" MEGALM_LIST##N "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", add, 1, 1;\n}\n"                       \
+                   : MEGALM_OUTS##N                                                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(ADD)));                                      \
+    }                                                                                                                         \
+  };
 #define MEGALM_MULTIPLY_BOTH(N, ...)             \
   MEGALM_MULTIPLY(bf16, "bf16", N, __VA_ARGS__) \
   MEGALM_MULTIPLY(f16, "f16", N, __VA_ARGS__)
@@ -102,4 +122,7 @@ MEGALM_MULTIPLY_BOTH(80, 40, 41, 42, 43, 44, 45, 46)
 MEGALM_MULTIPLY_BOTH(96, 48, 49, 50, 51, 52, 53, 54)
 MEGALM_MULTIPLY_BOTH(128, 64, 65, 66, 67, 68, 69, 70)
 MEGALM_MULTIPLY_BOTH(256, 128, 129, 130, 131, 132, 133, 134)
+MEGALM_MULTIPLY_BYTES(64, 32, 33, 34, 35, 36, 37)
+MEGALM_MULTIPLY_BYTES(128, 64, 65, 66, 67, 68, 69)
+MEGALM_MULTIPLY_BYTES(256, 128, 129, 130, 131, 132, 133)
 #endif

@@ -1,4 +1,4 @@
-// CUDA's two 16-bit types on a CPU: storage, and conversion by rounding to nearest even, as the device does it.
+// CUDA's two 16-bit types and one of 8 bits on a CPU: storage, and conversion by rounding to nearest even, as the device does it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -30,6 +30,22 @@ inline float from_f16(uint16_t h) {
   if (exponent == 31) return float_of(sign | 0x7f800000 | fraction << 13);
   return float_of(sign | (exponent + 112) << 23 | fraction << 13);
 }
+
+inline uint8_t to_e4m3(float x) {
+  const uint32_t u = bits_of(x), sign = u >> 24 & 0x80, m = u & 0x7fffffff;
+  const float magnitude = float_of(m);
+  if (x != x) return 0x7f;
+  if (magnitude >= 448.0f) return uint8_t(sign | 0x7e);
+  if (magnitude < 0.015625f) return uint8_t(sign | uint32_t(std::nearbyint(magnitude * 512.0f)));  // subnormal
+  return uint8_t(sign | ((m + 0x7ffff + (m >> 20 & 1) - (120u << 23)) >> 20));
+}
+
+inline float from_e4m3(uint8_t h) {
+  const uint32_t sign = uint32_t(h & 0x80) << 24, exponent = h >> 3 & 15, fraction = h & 7;
+  if ((h & 0x7f) == 0x7f) return float_of(0x7fc00000);
+  if (exponent == 0) return float_of(sign | bits_of(float(fraction) / 512.0f));
+  return float_of(sign | (exponent + 120) << 23 | fraction << 20);
+}
 }  // namespace shim
 
 struct __nv_bfloat16 {
@@ -50,8 +66,12 @@ struct __half {
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
+struct e4m3 { uint8_t bits; };
 
 inline float bits_as_float(uint32_t bits) { return shim::float_of(bits); }
 inline float f16_bits_as_float(uint32_t bits) { return shim::from_f16(uint16_t(bits)); }
 inline uint32_t pair_bits(const bf16 &, float low, float high) { return shim::to_bf16(low) | uint32_t(shim::to_bf16(high)) << 16; }
 inline uint32_t pair_bits(const f16 &, float low, float high) { return shim::to_f16(low) | uint32_t(shim::to_f16(high)) << 16; }
+inline uint32_t four_bits(float a, float b, float c, float d) {
+  return shim::to_e4m3(a) | uint32_t(shim::to_e4m3(b)) << 8 | uint32_t(shim::to_e4m3(c)) << 16 | uint32_t(shim::to_e4m3(d)) << 24;
+}

@@ -139,7 +139,7 @@ inline void tensor_load(void *to, const TensorMap &map, uint64_t *barrier, int c
   shim::Phase &phase = shim::phase_of(barrier);
   const auto copy = [=, &phase] {
     for (int r = 0; r < map.rows; r++)
-      for (int c = 0; c < PANEL; c++) {
+      for (int c = 0; c < PANEL_ROW / map.element; c++) {
         const int64_t at[4] = {column + c, row + r, head, batch};
         bool inside = true;
         const unsigned char *from = map.base;
@@ -147,10 +147,10 @@ inline void tensor_load(void *to, const TensorMap &map, uint64_t *barrier, int c
           inside = inside && at[dim] >= 0 && at[dim] < map.size[dim];
           from += at[dim] * map.stride[dim];
         }
-        const uint32_t offset = shim::swizzled(start + r * PANEL_ROW + c * 2);
-        if (offset + 2 > size) shim::fail("a box goes beyond shared memory");
-        if (inside) std::memcpy(base + offset, from, 2);
-        else std::memset(base + offset, 0, 2);
+        const uint32_t offset = shim::swizzled(start + r * PANEL_ROW + c * map.element);
+        if (offset + map.element > size) shim::fail("a box goes beyond shared memory");
+        if (inside) std::memcpy(base + offset, from, map.element);
+        else std::memset(base + offset, 0, map.element);
       }
     phase.bytes -= map.rows * PANEL_ROW;
     shim::end_phase(barrier, phase);

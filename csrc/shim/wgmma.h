@@ -6,16 +6,19 @@
 
 namespace shim {
 
-constexpr int GROUP = 128, ROWS = 64, DEPTH = 16;
+constexpr int GROUP = 128, ROWS = 64, OPERAND_BYTES = 32;  // of a row of an operand
 
 // One instruction of a warpgroup.
 struct Product {
   int columns;
-  bool add, a_shared, is_bf16, a_across, b_across;
+  int size;                     // bytes of an operand's element
+  float (*value)(const void *);  // its value
+  bool add, a_shared, a_across, b_across;
   uint64_t a, b;
   const uint32_t *registers[GROUP] = {};  // of the left operand, by thread
   int issued = 0;
-  std::vector<float> left, right;  // [64][16], [columns][16], once they are read
+  std::vector<float> left, right;  // [64][depth], [columns][depth], once they are read
+  int depth() const { return OPERAND_BYTES / size; }
   bool same(const Product &other) const {
     return columns == other.columns && add == other.add && a_shared == other.a_shared && a_across == other.a_across &&
            b_across == other.b_across && (!a_shared || a == other.a) && b == other.b;
@@ -43,44 +46,49 @@ struct Matrices {
 inline int number_of(const Fiber &f) { return int(&f - f.block->fibers.data()); }
 inline bool reads_at_once() { return state().order % 4 == 3; }
 
-inline float value_at(uint32_t offset, bool is_bf16) {
-  check_units(shared_at(offset), 2, "a matrix instruction");
-  uint16_t bits;
-  std::memcpy(&bits, shared_at(offset), 2);
-  return is_bf16 ? float_of(uint32_t(bits) << 16) : from_f16(bits);
+template <typename T> float value_of(const void *from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return float(value);
 }
+template <> inline float value_of<e4m3>(const void *from) { return from_e4m3(*static_cast<const uint8_t *>(from)); }
 
-// An operand [count][16] (its own rows or columns first) through its descriptor: PTX ISA, canonical layouts of the 128-byte swizzle.
-inline std::vector<float> read_operand(uint64_t descriptor, int count, bool across, bool is_bf16) {
+// An operand [count][depth] (its own rows or columns first) through its descriptor: PTX ISA, canonical layouts of the 128-byte swizzle.
+inline std::vector<float> read_operand(const Product &p, uint64_t descriptor, int count, bool across) {
   const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, leading = uint32_t(descriptor >> 16 & 0x3fff) << 4;
   const uint32_t stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
   if (descriptor >> 62 != 1) fail("a descriptor without the 128-byte swizzle");
   if ((start >> 7 & 7) != 0) fail("a descriptor that starts within eight rows");
-  std::vector<float> values(count * DEPTH);
+  if (across && p.size != 2) fail("an operand of bytes that is read across");
+  std::vector<float> values(count * p.depth());
   for (int i = 0; i < count; i++)
-    for (int k = 0; k < DEPTH; k++) {
-      const uint32_t along = i % 8 * 128 + i / 8 * stride + k * 2, over = i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride;
-      values[i * DEPTH + k] = value_at(swizzled(start + (across ? over : along)), is_bf16);
+    for (int k = 0; k < p.depth(); k++) {
+      const uint32_t along = i % 8 * 128 + i / 8 * stride + k * p.size, over = i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride;
+      const unsigned char *const at = shared_at(swizzled(start + (across ? over : along)));
+      check_units(at, p.size, "a matrix instruction");
+      values[i * p.depth() + k] = p.value(at);
     }
   return values;
 }
 
 inline void read_shared(Product &p) {
   if (!p.right.empty()) return;
-  p.right = read_operand(p.b, p.columns, p.b_across, p.is_bf16);
-  if (p.a_shared) p.left = read_operand(p.a, ROWS, p.a_across, p.is_bf16);
+  p.right = read_operand(p, p.b, p.columns, p.b_across);
+  if (p.a_shared) p.left = read_operand(p, p.a, ROWS, p.a_across);
 }
 
-// The left operand in all threads' registers: the fragment is that of "wgmma.mma_async.m64nNk16".
+// The left operand in all threads' registers: the fragments are those of "wgmma.mma_async.m64nNk16" and ".m64nNk32", where a register
+// has two or four neighbours of a row.
 inline void read_registers(Product &p) {
   if (!p.left.empty()) return;
-  p.left.resize(ROWS * DEPTH);
+  p.left.resize(ROWS * p.depth());
+  const int each = 4 / p.size;
   for (int thread = 0; thread < GROUP; thread++)
     for (int i = 0; i < 4; i++)
-      for (int bit = 0; bit < 2; bit++) {
-        const int row = thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, k = thread % 4 * 2 + bit + i / 2 * 8;
-        const uint16_t bits = uint16_t(p.registers[thread][i] >> 16 * bit);
-        p.left[row * DEPTH + k] = p.is_bf16 ? float_of(uint32_t(bits) << 16) : from_f16(bits);
+      for (int place = 0; place < each; place++) {
+        const int row = thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, k = thread % 4 * each + place + i / 2 * 4 * each;
+        const uint32_t bits = p.registers[thread][i] >> 8 * p.size * place;
+        p.left[row * p.depth() + k] = p.value(&bits);
       }
 }
 
@@ -94,9 +102,9 @@ inline void finish_product(Fiber &f, Thread &thread, const Issued &issued) {
   Sum &sum = thread.sums[issued.to];
   for (int n = 0; n < p.columns / 8; n++)
     for (int i = 0; i < 4; i++) {
-      const float *const a = &p.left[(first + i / 2 * 8) * DEPTH], *const b = &p.right[(n * 8 + t * 2 + i % 2) * DEPTH];
+      const float *const a = &p.left[(first + i / 2 * 8) * p.depth()], *const b = &p.right[(n * 8 + t * 2 + i % 2) * p.depth()];
       float value = p.add ? sum.values[n * 4 + i] : 0.0f;
-      for (int k = 0; k < DEPTH; k++) value += a[k] * b[k];
+      for (int k = 0; k < p.depth(); k++) value += a[k] * b[k];
       sum.values[n * 4 + i] = value;
     }
   if (--sum.under_way > 0) return;
@@ -175,11 +183,10 @@ template <int TILES> void matrix_settle(float (&d)[TILES][4]) {
 }
 
 template <typename T, int N> struct Multiply {
-  static constexpr bool IS_BF16 = std::is_same<T, bf16>::value;
   template <bool ADD, Order A, Order B> static void shared(float (&d)[N / 8][4], uint64_t a, uint64_t b) {
-    shim::issue({N, ADD, true, IS_BF16, A == Order::across, B == Order::across, a, b}, &d[0][0], nullptr);
+    shim::issue({N, sizeof(T), shim::value_of<T>, ADD, true, A == Order::across, B == Order::across, a, b}, &d[0][0], nullptr);
   }
   template <bool ADD, Order B> static void registers(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b) {
-    shim::issue({N, ADD, false, IS_BF16, false, B == Order::across, 0, b}, &d[0][0], a);
+    shim::issue({N, sizeof(T), shim::value_of<T>, ADD, false, false, B == Order::across, 0, b}, &d[0][0], a);
   }
 };

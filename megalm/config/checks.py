@@ -136,6 +136,18 @@ def _evaluation(config: Config) -> Iterator[Problem]:
                       f"train.eval_every: {config.train.eval_every}, but data.valid is empty; name a data set or use 0 for never")
 
 
+def _fp8(config: Config) -> Iterator[Problem]:
+    if not config.train.attention_fp8:
+        return
+    if config.precision.dtype == "fp32":
+        yield Problem(("train.attention_fp8", "precision.dtype"),
+                      'train.attention_fp8: true with precision.dtype = "fp32"; it is for "bf16" and "fp16"')
+    if config.model.attention_dropout > 0.0:
+        yield Problem(("train.attention_fp8", "model.attention_dropout"),
+                      f"train.attention_fp8: true with model.attention_dropout = {config.model.attention_dropout}; fp8 has no "
+                      "dropout of probabilities, which must be 0")
+
+
 # DeepSpeed's key -> megalm's, or the reason why nobody may set it.
 DERIVED = {
     "train_batch_size": "batch.global",
@@ -205,4 +217,5 @@ def _deepspeed(config: Config) -> Iterator[Problem]:
 
 _ABSENT = object()
 
-CHECKS: tuple[Check, ...] = (_heads, _widths, _positions, _pipeline, _batch, _schedule, _tokenizer, _evaluation, _deepspeed)
+CHECKS: tuple[Check, ...] = (_heads, _widths, _positions, _pipeline, _batch, _schedule, _tokenizer, _evaluation, _fp8,
+                            _deepspeed)

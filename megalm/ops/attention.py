@@ -14,12 +14,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megalm.ops import fp8 as fp8_rounding
 from megalm.ops.dropout import dropout as keyed_dropout
 from megalm.ops.dtypes import wide
 from megalm.ops.installed import megalm_kernels, package
@@ -60,12 +61,13 @@ class Rules(NamedTuple):
     heads: tuple[int, int, int]
     softmax: str                # the backend of the softmax of scores, where megalm's attention is made of one
     deterministic: bool = False  # the gradients have the same bits every time
+    fp8: bool = False           # products of the forward pass in e4m3
 
     def traits(self, dtype: torch.dtype, dims: str, lse: bool) -> tuple[str, ...]:
         """What a backend may not be able to do, or had better not, as the registry's table has it."""
         documents = self.first is not None or self.last is not None
         asked = {"softcap": self.softcap > 0.0, "alibi": self.slopes is not None, "sinks": self.sinks is not None, "lse": lse,
-                 "alibi_ahead": self.slopes is not None and self.right != 0,
+                 "fp8": self.fp8, "alibi_ahead": self.slopes is not None and self.right != 0,
                  "documents": documents, "bounds": documents and not self.packed,
                  "masked": not self.causal_only and self.dropout == 0.0 and _fused(dtype, dims)}
         return (*(name for name, is_asked in asked.items() if is_asked), *plain_traits(dtype, dims, self.dropout > 0.0))
@@ -97,7 +99,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: fl
               softcap: float = 0.0, slopes: Tensor | None = None, sinks: Tensor | None = None, dropout: float = 0.0,
               key: DropoutKey | None = None, samples: Tensor | None = None, heads: tuple[int, int, int] | None = None,
               return_lse: bool = False, backend: str = "auto", softmax: str = "auto",
-              deterministic: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+              deterministic: bool = False, fp8: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v: q [s, b, H, d], k [s_k, b, G, d], v [s_k, b, G, e], strided views too -> [s, b, H, e].
 
     scale: default d ** -0.5. window: (keys before, keys after) the query's own place that it sees, UNBOUNDED for no bound; causal
@@ -108,11 +110,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: fl
     same mask under every layout, `torch` and `flash_attn` their own. return_lse: also the natural logarithm of each row's sum of
     exponentials, fp32 [b, H, s], -inf where a query sees nothing: what parts of an attention are merged by. softmax: the backend
     of the softmax of scores, where `megalm` has no kernel of the whole. deterministic: the same bits every time; `megalm` then
-    sums the gradient of the queries in a fixed order on Hopper too, and the others take their own such paths (ops/sdpa.py).
+    sums the gradient of the queries in a fixed order on Hopper too, and the others take their own such paths (ops/sdpa.py). fp8:
+    the forward pass multiplies q, k, v and probabilities rounded to e4m3 (ops/fp8.py says how), the backward pass the unrounded
+    ones, with the forward pass's sums; `megalm` on a Hopper GPU, and `reference`, which emulates it where it is named.
     Raises ValueError for shapes that don't fit, dropout without key and samples, or a backend that can't serve.
     """
     rules = _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax,
-                   deterministic)
+                   deterministic, fp8)
     traits = rules.traits(q.dtype, dims_trait(q.shape[3], v.shape[3]), return_lse)
     run, _ = choose("attention", backend, Features(q.device.type, q.dtype, traits))
     out, lse = run(q, k, v, rules)
@@ -120,12 +124,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: fl
 
 
 def _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dropout, key, samples, heads, softmax,
-           deterministic) -> Rules:
+           deterministic, fp8) -> Rules:
     if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or q.shape[1::2] != k.shape[1::2]:
         raise ValueError(f"attention shapes q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need q [s, b, H, d], "
                          "k [s_k, b, G, d] and v [s_k, b, G, e] with G dividing H")
     if dropout > 0.0 and (key is None or samples is None):
         raise ValueError(f"attention dropout {dropout} needs a key and the sample indices")
+    if fp8 and dropout > 0.0:
+        raise ValueError(f"attention in fp8 has no dropout, and {dropout} is asked for")
     if softcap < 0.0:
         raise ValueError(f"attention softcap must be positive, or 0 for none, not {softcap}")
     first, last, lengths = Documents(*(documents or (None, None)))
@@ -150,7 +156,7 @@ def _rules(q, k, v, causal, scale, window, documents, softcap, slopes, sinks, dr
         key = samples = None
     heads = (0, q.shape[2], q.shape[2]) if heads is None else heads
     return Rules(left, 0 if causal else right, first, last, lengths, scale, softcap, slopes, sinks, dropout, key, samples, heads,
-                 softmax, deterministic)
+                 softmax, deterministic, fp8)
 
 
 def packed_documents(starts: Tensor, device: torch.device) -> Documents:
@@ -193,11 +199,11 @@ def visible(queries: int, keys: int, rules: Rules, device) -> Tensor:
     return seen
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-    (s, b, h, d), (s_k, _, g, e) = q.shape, v.shape
+def _scores(q: Tensor, k: Tensor, rules: Rules) -> Tensor:
+    """[b, H, s, s_k], in fp32 or wider; -inf where a query doesn't see the key."""
+    (s, b, h, d), (s_k, _, g, _) = q.shape, k.shape
     query = wide(q).permute(1, 2, 0, 3).reshape(b, g, h // g, s, d)            # [b, G, H/G, s, d]
     keys = wide(k).permute(1, 2, 3, 0).unsqueeze(2)                            # [b, G, 1, d, s_k]
-    values = wide(v).permute(1, 2, 0, 3).unsqueeze(2)                          # [b, G, 1, s_k, e]
     scores = (torch.matmul(query, keys) * rules.scale).view(b, h, s, s_k)
     if rules.softcap > 0.0:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
@@ -206,6 +212,22 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, T
         scores = scores + wide(rules.slopes)[:, None, None] * distance
     if rules.left >= 0 or rules.right >= 0 or rules.first is not None or rules.last is not None:
         scores = scores.masked_fill(~visible(s, s_k, rules, q.device), -torch.inf)
+    return scores
+
+
+def _context(probabilities: Tensor, v: Tensor) -> Tensor:
+    """[b, H, s, s_k] and [s_k, b, G, e] -> [b, H, s, e]."""
+    (b, h, s, s_k), g = probabilities.shape, v.shape[2]
+    values = wide(v).permute(1, 2, 0, 3).unsqueeze(2)                          # [b, G, 1, s_k, e]
+    return torch.matmul(probabilities.view(b, g, h // g, s, s_k), values).flatten(1, 2)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+    (s, b, h, _), s_k = q.shape, k.shape[0]
+    if rules.fp8 and q.numel() and k.numel():
+        context, lse = fp8_rounding.emulated(q, k, v, rules.sinks, partial(_scores, rules=rules), _context)
+        return context.permute(2, 0, 1, 3).to(q.dtype), lse.to(torch.promote_types(lse.dtype, torch.float32))
+    scores = _scores(q, k, rules)
     # By hand and not by softmax, so that a row that sees no key is 0 with gradient 0, not NaN.
     maximum = scores.detach().amax(dim=-1, keepdim=True) if s_k else scores.new_full((b, h, s, 1), -torch.inf)
     sinks = None if rules.sinks is None else wide(rules.sinks)[None, :, None, None]
@@ -221,8 +243,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, T
     if rules.dropout > 0.0:
         extents = [rules.heads, (0, s, s), (0, s_k, s_k)]
         probabilities = keyed_dropout(probabilities, rules.key, rules.samples, extents, rules.dropout, batch_dim=0)
-    context = torch.matmul(probabilities.view(b, g, h // g, s, s_k), values)   # [b, G, H/G, s, e]
-    return context.reshape(b, h, s, e).permute(2, 0, 1, 3).to(q.dtype), lse.to(torch.promote_types(lse.dtype, torch.float32))
+    context = _context(probabilities, v)                                       # [b, H, s, e]
+    return context.permute(2, 0, 1, 3).to(q.dtype), lse.to(torch.promote_types(lse.dtype, torch.float32))
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, None]:
@@ -323,6 +345,8 @@ def _megalm_serves(features: Features) -> str | None:
     if reason is None and asked and not _fused(features.dtype, dims):
         known = ", ".join(REGISTRY.table["backends"]["attention"]["megalm"]["kernels"])
         reason = f"{asked[0]} needs an attention kernel: they take bf16 and fp16 with {known}"
+    if reason is None and "fp8" in features.traits:
+        reason = fp8_rounding.lacks(features, [dims_trait(*pair) for pair in kernels.FP8_DIMS])
     if reason is None and features.device == "cuda" and dims in _SHARED_BYTES and _fused(features.dtype, dims):
         given = torch.cuda.get_device_properties().shared_memory_per_block_optin
         if given < _SHARED_BYTES[dims]:

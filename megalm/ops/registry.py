@@ -35,7 +35,8 @@ Missing = Callable[[Features], str | None]
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `cannot` and `avoid` map a trait to the reason why it is not served, or not taken by `auto`.
+    """One implementation. `cannot`, `by_name` and `avoid` map a trait to the reason why it is not served, never taken by `auto`,
+    or taken by `auto` only where every other one can't serve either.
 
     `run` is what the operation's file calls: a function, or a tuple of functions where the file has several. `missing` tells
     what this machine lacks for a call with such features, None if nothing.
@@ -45,11 +46,16 @@ class Backend:
     run: Callable | tuple[Callable, ...]
     missing: Missing = lambda features: None
     cannot: Mapping[str, str] = field(default_factory=dict)
+    by_name: Mapping[str, str] = field(default_factory=dict)
     avoid: Mapping[str, str] = field(default_factory=dict)
 
     def supports(self, features: Features) -> str | None:
         """None, or the reason why this backend can't serve such a call."""
         return _first_reason(self.cannot, features) or self.missing(features)
+
+    def open_to_auto(self, features: Features) -> str | None:
+        """None, or the reason why `auto` must not take it."""
+        return self.supports(features) or _first_reason(self.by_name, features)
 
 
 def _first_reason(reasons: Mapping[str, str], features: Features) -> str | None:
@@ -74,7 +80,7 @@ class Registry:
         for name, run in runs.items():
             capability = declared.get(name, {})
             missing = needs.get(name, lambda features: None)
-            backend = Backend(name, run, missing, capability.get("cannot", {}), capability.get("avoid", {}))
+            backend = Backend(name, run, missing, *(capability.get(kind, {}) for kind in ("cannot", "by_name", "avoid")))
             self.backends.setdefault(op, {})[name] = backend
 
     def choose(self, op: str, name: str, features: Features) -> tuple[Any, str]:
@@ -103,8 +109,8 @@ class Registry:
         Where every one that serves is avoided, the first of them is taken all the same.
         """
         known = [self.backends[op][name] for name in self.order(op, features.device) if name in self.backends[op]]
-        reasons = [backend.supports(features) or _first_reason(backend.avoid, features) for backend in known]
-        spare = None if None in reasons else next((backend for backend in known if backend.supports(features) is None), None)
+        reasons = [backend.open_to_auto(features) or _first_reason(backend.avoid, features) for backend in known]
+        spare = None if None in reasons else next((backend for backend in known if backend.open_to_auto(features) is None), None)
         yield from ((backend, None if backend is spare else reason) for backend, reason in zip(known, reasons, strict=True))
 
     def _choose(self, op: str, name: str, features: Features) -> tuple[Backend, str]:

@@ -35,7 +35,8 @@ def attention_traits(config: Config) -> tuple[str, ...]:
     fused, dropout, documents = has_attention_kernel(config), config.model.attention_dropout > 0, config.data.document_mask
     narrowed = documents or config.model.sliding_window is not None
     asked = {"documents": documents, "bounds": documents and config.train.compile,  # compiled code doesn't know their lengths
-             "masked": narrowed and fused and not dropout, "dropout": dropout, "scores": not fused and not dropout}
+             "masked": narrowed and fused and not dropout, "dropout": dropout, "scores": not fused and not dropout,
+             "fp8": config.train.attention_fp8}
     return (*(trait for trait, is_asked in asked.items() if is_asked), _head_dim(config))
 
 
@@ -88,5 +89,5 @@ def _first(table: dict[str, Any], operation: str, traits: set[str]) -> str:
     def free_of(name: str, *kinds: str) -> bool:
         return not any(traits & {*capabilities.get(name, {}).get(kind, {})} for kind in kinds)
 
-    serving = [name for name in order if free_of(name, "cannot")]
+    serving = [name for name in order if free_of(name, "cannot", "by_name")]
     return next((name for name in serving if free_of(name, "avoid")), serving[0] if serving else "auto")

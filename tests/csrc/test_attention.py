@@ -36,8 +36,9 @@ def test_instances_are_those_of_the_table():
 def test_registration(shim):
     q, k, v = (x.detach() for x in tensors())
     rules = (None, None, -1, 0, 0.125, 0.0, None, 0.0, 0, torch.tensor(0), torch.tensor(0), 0, 0, False, True)
-    torch.library.opcheck(attention_forward, (q, k, v, None, None, None, *rules[1:]))
-    out, lse = attention_forward(q, k, v, None, None, None, *rules[1:])
+    for fp8 in (False, True):
+        torch.library.opcheck(attention_forward, (q, k, v, None, None, None, None, fp8, *rules[2:]))
+    out, lse = attention_forward(q, k, v, None, None, None, None, False, *rules[2:])
     torch.library.opcheck(attention_backward, (out, lse, q, k, v, out, lse, None, None, *rules[1:]))
 
 

@@ -251,6 +251,7 @@ def bench(settings: Settings) -> list[Item]:
     """The tables first, with the attention kernels that targets are asked of, then megalm's kernels against torch.compile, which
     takes long to compile, then the rest."""
     from megalm.tools import bench_attention
+    from megalm.tools.bench_clock import fp8_ceiling
     from megalm.tools.bench_ops import Bench
     from megalm.tools.bench_orders import COMPILED
     from megalm.tools.bench_workloads import operations, workloads
@@ -260,7 +261,8 @@ def bench(settings: Settings) -> list[Item]:
     found = workloads(made.size)
     duels = in_turn([[workload for workload in found if workload.op == op and workload.duel] for op in operations()])
     duels = duels[:1] if settings.dry_run else duels
-    race = partial(bench_attention.race, device=made.device, matmul=made.ceilings["matmul"], quick=made.quick)
+    race = partial(bench_attention.race, device=made.device, matmul=made.ceilings["matmul"],
+                   fp8=fp8_ceiling(made.device, made.size, made.quick), quick=made.quick)
     kernels = [Item(f"{shape.name} by kernel", partial(race, shape))
                for shape in ([bench_attention.TINY] if settings.dry_run else bench_attention.shapes())]
     return [Item("ceilings", made.facts),

@@ -6,10 +6,10 @@
 """
 from __future__ import annotations
 
-from megalm.tools.kernel_cases import activation, attention, cross_entropy, decode, dropout, hopper, norm, rotary, softmax
+from megalm.tools.kernel_cases import activation, attention, cross_entropy, decode, dropout, fp8, hopper, norm, rotary, softmax
 from megalm.tools.kernel_cases.case import Case
 
-MODULES = (activation, attention, cross_entropy, decode, dropout, hopper, norm, rotary, softmax)
+MODULES = (activation, attention, cross_entropy, decode, dropout, fp8, hopper, norm, rotary, softmax)
 
 
 def small() -> list[Case]:

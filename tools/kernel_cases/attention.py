@@ -21,16 +21,18 @@ KEY = DropoutKey(1234, 5, 3, ATTENTION_SCORES)
 def case(name: str, s: int, s_k: int, batch: int, heads: int, groups: int, dims: tuple[int, int] = (64, 64),
          plain: str = "torch", lse: bool = False, sinks: bool = False, options: Callable[[Tensor], dict] = lambda q: {},
          path: Callable = portable, op: str = "attention", backward: bool = True,
-         deterministic: bool = False) -> Case:
-    """`options(q)` makes the call's keyword arguments on q's device; the call is made inside `path()`."""
+         deterministic: bool = False, fp8: bool = False, grown: bool = False) -> Case:
+    """`options(q)` makes the call's keyword arguments on q's device; the call is made inside `path()`. grown: heads and
+    rows differ in size."""
     def inputs():
         tensors = [randn(s, batch, heads, dims[0]), randn(s_k, batch, groups, dims[0], seed=1),
                    randn(s_k, batch, groups, dims[1], seed=2)]
+        tensors = [_grow(x, step) for x, step in zip(tensors, (1, 3, 2), strict=True)] if grown else tensors
         return [*tensors, randn(heads, seed=3)] if sinks else tensors
 
     def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, backend: str):
         with path():
-            return attention(q, k, v, return_lse=lse, backend=backend, deterministic=deterministic,
+            return attention(q, k, v, return_lse=lse, backend=backend, deterministic=deterministic, fp8=fp8,
                              **({"sinks": rest[0]} if rest else {}), **options(q))
 
     def grads():
@@ -42,6 +44,13 @@ def case(name: str, s: int, s_k: int, batch: int, heads: int, groups: int, dims:
 
 hopper = partial(case, path=nullcontext, op="attention hopper")
 """A case of the path that a Hopper GPU takes."""
+
+
+def _grow(x: Tensor, step: int) -> Tensor:
+    """Each head of each batch entry times a power of two of its own, and later rows up to three times as large."""
+    place = torch.arange(x.shape[1] * x.shape[2], device=x.device).view(1, *x.shape[1:3], 1) + 1
+    rows = torch.arange(x.shape[0], device=x.device, dtype=x.dtype).view(-1, 1, 1, 1) / x.shape[0]
+    return x * 2.0 ** (place * step % 5 - 3) * (1 + 2 * rows)
 
 
 def fixed(**options) -> Callable[[Tensor], dict]:

@@ -22,8 +22,8 @@ MUTATIONS = (
     _bug("weights overwritten while their products run", _FORWARD,
          "        f.exponentiate(scored.unit);\n        matrix_wait<0>();\n        matrix_settle(f.out);\n"
          "        warp_arrive(shared.values_left(before.stage));\n        f.scale_output();\n"
-         "        as_weights<T>(f.weights, f.scores);\n",
-         "        f.exponentiate(scored.unit);\n        as_weights<T>(f.weights, f.scores);\n        matrix_wait<0>();\n"
+         "        as_weights<In>(f.weights, f.scores);\n",
+         "        f.exponentiate(scored.unit);\n        as_weights<In>(f.weights, f.scores);\n        matrix_wait<0>();\n"
          "        matrix_settle(f.out);\n        warp_arrive(shared.values_left(before.stage));\n        f.scale_output();\n"),
     _bug("queries left before the last scores", _FORWARD, "      barrier_wait(shared.barriers + QUERIES_HERE, done++ % 2);\n",
          "      barrier_wait(shared.barriers + QUERIES_HERE, done++ % 2);\n      warp_arrive(shared.barriers + QUERIES_LEFT);\n"),

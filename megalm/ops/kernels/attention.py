@@ -3,7 +3,8 @@
 The same bits every time, but for the gradient of the queries on Hopper, which is summed in no fixed order unless
 the call asks for one.
 
-Memory: the backward pass keeps q, k, v, the output and one fp32 number a query and head.
+Memory: the backward pass keeps q, k, v, the output and one fp32 number a query and head. In fp8 (forward alone) q, k and v also
+stand in a workspace of one byte an element while the kernel runs; the backward pass has the unrounded ones.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from megalm.ops.random import DropoutKey, dropout_words, threshold
 
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
 """(head_dim, value_dim) that have kernels: csrc/attention_instances.h."""
+FP8_DIMS = ((64, 64), (128, 128), (256, 256))
+"""Those of them that have one in fp8."""
 
 _SIZES = "batch heads groups queries keys head_dim value_dim"
 _STRIDES = " ".join(f"{tensor}_{dim}" for tensor in ("q", "k", "v", "out") for dim in ("row", "batch", "head"))
 _GRAD_STRIDES = " ".join(f"grad_{tensor}_{dim}" for tensor in "qkv" for dim in ("row", "batch", "head"))
-_FORWARD = Operation("attention_forward", pointers="q k v first last slopes sinks samples out lse",
+_FORWARD = Operation("attention_forward", pointers="q k v first last slopes sinks samples out lse workspace",
                      int64=f"{_SIZES} {_STRIDES} left right head_first", float64="scale softcap kept",
-                     uint32="key0 key1 threshold", int32="dtype portable")
+                     uint32="key0 key1 threshold", int32="dtype portable fp8")
 _DELTA = Operation("attention_delta", pointers="out grad_out delta",
                    int64="batch heads queries value_dim out_row out_batch out_head grad_row grad_batch grad_head")
 _BACKWARD = Operation("attention_backward",
@@ -35,8 +38,8 @@ _BACKWARD = Operation("attention_backward",
                       uint32="key0 key1 threshold", int32="dtype portable deterministic")
 _DROPOUT = ("Tensor? samples, float dropout, int seed, Tensor step, Tensor layer, int op, int head_first, "
             "bool portable, bool deterministic")
-_RULES = ("Tensor? first, Tensor? last, Tensor? slopes, Tensor? sinks, int left, int right, float scale, float softcap, "
-          f"{_DROPOUT}")
+_BOUNDS = "Tensor? first, Tensor? last, Tensor? slopes"
+_RULES = f"int left, int right, float scale, float softcap, {_DROPOUT}"
 
 
 _portable: list[None] = []
@@ -85,7 +88,7 @@ def _empty_forward(q, k, v, *rules):
     return (q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=torch.float32))
 
 
-def _forward(q, k, v, first, last, slopes, sinks, left, right, scale, softcap, samples, dropout, seed, step, layer, op,
+def _forward(q, k, v, first, last, slopes, sinks, fp8, left, right, scale, softcap, samples, dropout, seed, step, layer, op,
              head_first, portable, deterministic):
     check_dtypes(q, k=k, v=v)
     out, lse = _empty_forward(q, k, v)
@@ -100,9 +103,17 @@ def _forward(q, k, v, first, last, slopes, sinks, left, right, scale, softcap, s
     if sinks is not None and sinks.device != q.device:
         raise ValueError(f"attention sinks are on {sinks.device}; they must be on {q.device}")
     sinks = None if sinks is None else sinks.float().contiguous()
-    _FORWARD(q.device, q=q, k=k, v=v, sinks=sinks, out=out, lse=lse, **_sizes(q, k, v), **strides("q", q), **strides("k", k),
-             **strides("v", v), **strides("out", out), **rules, dtype=dtype_code(q))
+    params = dict(q=q, k=k, v=v, sinks=sinks, out=out, lse=lse, **_sizes(q, k, v), **strides("q", q), **strides("k", k),
+                  **strides("v", v), **strides("out", out), **rules, dtype=dtype_code(q), fp8=fp8)
+    size = _FORWARD.count("workspace", q.device, workspace=None, **params) if fp8 else 0
+    _FORWARD(q.device, workspace=_aligned_bytes(q, size) if size else None, **params)
     return out, lse
+
+
+def _aligned_bytes(beside: Tensor, size: int) -> Tensor:
+    """New memory on the device of a tensor that starts where the copy engine wants it, which a CPU's memory need not."""
+    made = beside.new_empty(size + 128, dtype=torch.uint8)
+    return made[-made.data_ptr() % 128:][:size]
 
 
 def _empty_backward(grad_out, grad_lse, q, k, v, out, lse, *rules):
@@ -135,18 +146,18 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, first, last, slopes, left, 
     return grad_q, grad_k, grad_v, delta
 
 
-attention_forward = define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_RULES}) -> (Tensor out, Tensor lse)", _forward,
-                           _empty_forward)
+attention_forward = define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_BOUNDS}, Tensor? sinks, bool fp8, {_RULES}) -> "
+                           "(Tensor out, Tensor lse)", _forward, _empty_forward)
 attention_backward = define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_RULES.replace('Tensor? sinks, ', '')}) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor delta)", _backward,
+    f"{_BOUNDS}, {_RULES}) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor delta)", _backward,
     _empty_backward)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, first, last, slopes, sinks, *rest):
-        out, lse = attention_forward(q, k, v, first, last, slopes, sinks, *rest)
+    def forward(ctx, q, k, v, first, last, slopes, sinks, fp8, *rest):
+        out, lse = attention_forward(q, k, v, first, last, slopes, sinks, fp8, *rest)
         ctx.save_for_backward(q, k, v, out, lse, first, last, slopes, sinks)
         ctx.rest = rest
         ctx.set_materialize_grads(False)
@@ -164,12 +175,12 @@ class _Attention(torch.autograd.Function):
             # A sink is a key with value 0: its probability times (0 - delta), over all queries.
             share = torch.exp(sinks.float()[None, :, None] - lse)
             grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
-        return grad_q, grad_k, grad_v, None, None, None, grad_sinks, *[None] * len(ctx.rest)
+        return grad_q, grad_k, grad_v, None, None, None, grad_sinks, None, *[None] * len(ctx.rest)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, rules) -> tuple[Tensor, Tensor]:
     """The backend of ops/attention.py: (out, lse)."""
     key = rules.key if rules.samples is not None else DropoutKey(0, 0, 0, 0)
-    return _Attention.apply(q, k, v, rules.first, rules.last, rules.slopes, rules.sinks, rules.left, rules.right, rules.scale,
-                            rules.softcap, rules.samples, rules.dropout, key.seed, torch.as_tensor(key.step),
+    return _Attention.apply(q, k, v, rules.first, rules.last, rules.slopes, rules.sinks, rules.fp8, rules.left, rules.right,
+                            rules.scale, rules.softcap, rules.samples, rules.dropout, key.seed, torch.as_tensor(key.step),
                             torch.as_tensor(key.layer), key.op, rules.heads[0], bool(_portable), rules.deterministic)
