@@ -37,6 +37,7 @@ from megalm.tools._command import Parser, positive, run
 
 ONE_DEVICE = (
     "parallel={}", "batch.micro=1", "batch.global=1", "recompute.mode=none", "kernels={}", "deepspeed={}", "train.compile=false",
+    "train.attention_fp8=false",
 )
 """What a layout asked for is of no concern to one process, nor are the kernels that another machine had."""
 SMALL = 20_000_000
@@ -170,7 +171,7 @@ def load_model(folder: Path, device: torch.device, ema: bool = False) -> LoadedM
 
     Raises CheckpointError, ConfigError or DataError.
     """
-    config = load(folder / "config.json", _overrides(folder, device))
+    config = load(folder / "config.json", overrides(device))
     section = config.tokenizer
     path = str(folder / TOKENIZER / Path(section.path).name) if section.path else None
     tokenizer = load_tokenizer(TokenizerSource(section.type, path, section.eod))
@@ -181,7 +182,8 @@ def load_model(folder: Path, device: torch.device, ema: bool = False) -> LoadedM
     return LoadedModel(module.eval(), tokenizer, config, plan, device)
 
 
-def _overrides(folder: Path, device: torch.device) -> list[str]:
+def overrides(device: torch.device) -> list[str]:
+    """What one process on this device has otherwise than the run had it."""
     # A CPU is as fast in fp32, which is what the masters are.
     return [*ONE_DEVICE, "precision.dtype=fp32"] if device.type == "cpu" else list(ONE_DEVICE)
 

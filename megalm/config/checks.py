@@ -136,6 +136,10 @@ def _evaluation(config: Config) -> Iterator[Problem]:
                       f"train.eval_every: {config.train.eval_every}, but data.valid is empty; name a data set or use 0 for never")
 
 
+NO_FP8 = ("torch", "flash_attn")
+FP8_HEAD_DIMS = (64, 128, 256)  # of csrc/attention_hopper_fp8_*.cu
+
+
 def _fp8(config: Config) -> Iterator[Problem]:
     if not config.train.attention_fp8:
         return
@@ -146,6 +150,14 @@ def _fp8(config: Config) -> Iterator[Problem]:
         yield Problem(("train.attention_fp8", "model.attention_dropout"),
                       f"train.attention_fp8: true with model.attention_dropout = {config.model.attention_dropout}; fp8 has no "
                       "dropout of probabilities, which must be 0")
+    backend, head_dim = config.kernels.attention, config.model.head_dim
+    if backend in NO_FP8:
+        yield Problem(("train.attention_fp8", "kernels.attention"),
+                      f'train.attention_fp8: true with kernels.attention = "{backend}", which has no fp8; "auto", "megalm" or '
+                      '"reference" expected')
+    if backend != "reference" and head_dim not in FP8_HEAD_DIMS:
+        yield Problem(("train.attention_fp8", "model.head_dim"),
+                      f"train.attention_fp8: true with heads of {head_dim}; {', '.join(map(str, FP8_HEAD_DIMS))} expected")
 
 
 # DeepSpeed's key -> megalm's, or the reason why nobody may set it.

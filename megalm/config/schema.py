@@ -287,7 +287,8 @@ class Train(Section):
     a GPU false is faster: with torch's own attention above all, which then may take cuDNN's kernels; they have no such order."""
     attention_fp8: bool = False
     """Attention's forward pass multiplies in 8 bits (e4m3), the backward pass as ever: megalm's kernels on a Hopper GPU, with
-    head_dim 64, 128 or 256 and without attention dropout, or kernels.attention "reference", which emulates it."""
+    head_dim 64, 128 or 256 and without attention dropout, or kernels.attention "reference", which emulates it. Evaluations and
+    generation don't. Scores of some tens, which rounding moves by more than one, want model.qk_norm."""
     z_loss: NaturalFloat = 0.0
     """Times the square of each token's log-sum-exp, added to its loss (Chowdhery et al. 2022); evaluations leave it out."""
     label_smoothing: Probability = 0.0

@@ -120,7 +120,7 @@ class SelfAttention(nn.Module):
         return attention(
             query, key, value, causal=True, window=self.window, documents=self.build.documents(place), dropout=dropout,
             backend=config.kernels.attention, softmax=config.kernels.softmax, deterministic=config.train.deterministic,
-            fp8=config.train.attention_fp8,
+            fp8=config.train.attention_fp8 and self.training,
             key=DropoutKey(place.seed, place.step, self.number, ATTENTION_SCORES) if keyed else None,
             samples=place.samples if keyed else None,
             heads=(*self.tp.share(config.model.num_attention_heads), config.model.num_attention_heads))

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from megalm.config.checks import FP8_HEAD_DIMS
 from megalm.ops.attention import attention
 from megalm.ops.fp8 import rounded
 from megalm.ops.kernels.attention import FP8_DIMS, attention_backward, portable
@@ -29,6 +30,7 @@ def rms(x):
 
 
 def test_instances_are_those_of_the_table():
+    assert tuple((d, d) for d in FP8_HEAD_DIMS) == FP8_DIMS
     assert tuple((shape.head_dim, shape.value_dim) for shape in SHAPES if shape.fp8) == FP8_DIMS
     declared = (CSRC / "attention_instances.h").read_text().split("HOPPER_FP8")[1].split("#define")[0]
     assert all(f"INSTANCE({d}, {e})" in declared for d, e in FP8_DIMS) and declared.count("INSTANCE(") == len(FP8_DIMS)

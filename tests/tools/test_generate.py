@@ -18,7 +18,7 @@ from megalm.parallel.groups import TensorParallel
 from megalm.parallel.random import StepContext
 from megalm.parallel.sharding import part_slices
 from megalm.plan import make_plan
-from megalm.tools.generate import Reading, Sampler, continuation, continue_ids, load_model, main
+from megalm.tools.generate import Reading, Sampler, continuation, continue_ids, load_model, main, overrides
 from tests import training
 from tests.checkpoint.fakes import Crew, Hasty, engines, plant
 
@@ -302,6 +302,12 @@ def test_a_tokenizer_that_drops_a_leading_space_loses_none():
     words = {1: "▁the", 2: "▁fox", 3: "es"}
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" "))
     assert continuation(tokenizer, [1], [2, 3]) == " foxes"
+
+
+def test_a_model_that_was_trained_in_fp8_is_no_trouble_for_a_cpu(tmp_path):
+    model = {**GPT2, "head_dim": 64, "attention_dropout": 0.0}
+    path = training.write_config(tmp_path, model=model, train={"attention_fp8": True}, precision={"dtype": "bf16"})
+    assert load(path, []).train.attention_fp8 and not load(path, overrides(CPU)).train.attention_fp8
 
 
 ENGINES = {
