@@ -44,10 +44,7 @@ def fetch(remote: Remote, root: Path, report: Report, steps: Iterable[int] | Non
         except DamagedError as error:
             problem = str(error)
         if problem is None:
-            disk.remove(root / step_name(step))
-            disk.rename(temporary, root / step_name(step))
-            disk.sync_folder(root)
-            disk.sync_folder(root.parent)
+            _replace(root / step_name(step), temporary, disk)
             report(f"fetched {remote.url}/{step_name(step)}")
             return root / step_name(step)
         skipped.append(f"{step_name(step)}: {problem}")
@@ -57,6 +54,18 @@ def fetch(remote: Remote, root: Path, report: Report, steps: Iterable[int] | Non
         raise CheckpointError(f"none of the checkpoints in {remote.url} is whole ({'; '.join(skipped)}); move them away, or set "
                               "checkpoint.remote to another place, to begin without them")
     return None
+
+
+def _replace(folder: Path, fetched: Path, disk: Disk) -> None:
+    """Give a whole checkpoint its name. What had it goes afterwards, as deleting takes long, and a death then must cost neither."""
+    before = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}.replaced")
+    disk.remove(before)
+    if folder.exists():
+        disk.rename(folder, before)
+    disk.rename(fetched, folder)
+    disk.sync_folder(folder.parent)
+    disk.sync_folder(folder.parent.parent)
+    disk.remove(before)
 
 
 def _download(remote: Remote, step: int, folder: Path, disk: Disk, tell: Report) -> str | None:
