@@ -57,7 +57,7 @@ def fetch(remote: Remote, root: Path, report: Report, steps: Iterable[int] | Non
 
 
 def _replace(folder: Path, fetched: Path, disk: Disk) -> None:
-    """Give a whole checkpoint its name. What had it goes afterwards, as deleting takes long, and a death then must cost neither."""
+    """Give a whole checkpoint its name. What had it goes afterwards: deleting takes long, and a death then costs neither."""
     before = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}.replaced")
     disk.remove(before)
     if folder.exists():

@@ -22,7 +22,7 @@ DONE, BUSY, FAILED = range(3)
 """How far a rank's process is, such that the highest of all ranks says what to do."""
 SILENT_SECONDS = 900.0
 """A process that has moved no byte for so long hangs."""
-LOOK_SECONDS = 1.0
+LOOK_SECONDS, TELL_SECONDS = 1.0, 10.0
 WITHDRAW, UPLOAD, COMPLETE = "withdraw", "upload", "complete"
 """Rank 0 takes back what is there under that name, every rank copies its files, rank 0 makes a checkpoint of them."""
 AFTER = {WITHDRAW: UPLOAD, UPLOAD: COMPLETE, COMPLETE: None}
@@ -108,8 +108,12 @@ class Uploads:
             self._begin(WITHDRAW)
 
     def finish(self, must_leave: Callable[[], bool] = lambda: False) -> None:
-        """Wait until nothing is on its way any more, or any rank must leave."""
+        """Wait until nothing is on its way any more, or any rank must leave. A long wait is told."""
+        tell_at: float | None = time.monotonic() + TELL_SECONDS
         while self._phase is not None:
+            if tell_at is not None and time.monotonic() > tell_at:
+                self._report(f"waiting until {step_name(self._step)} is in {self._url}; it is whole in {self._root}")
+                tell_at = None
             if self._answer is None:
                 self._answer = self._process.answer(LOOK_SECONDS)
             highest, leaving = self._groups.highest(self.state, int(must_leave()))

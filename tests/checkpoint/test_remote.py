@@ -292,6 +292,7 @@ def test_a_copy_that_hangs_delays_no_save_and_ends_in_a_line(tmp_path, monkeypat
         assert saver.saved == 3 and saver.copies.steps == [1, 3]
         assert sorted(path.name for path in saver.root.glob("step_*")) == ["step_00000001", "step_00000002", "step_00000003"]
         monkeypatch.setattr(uploads, "SILENT_SECONDS", 0.3)
+        monkeypatch.setattr(uploads, "TELL_SECONDS", 0.0)
         saver.copies.finish()
         saver.save(4, 32)
         saver.finish()
@@ -299,7 +300,8 @@ def test_a_copy_that_hangs_delays_no_save_and_ends_in_a_line(tmp_path, monkeypat
 
     lines = with_a_silent_server(tmp_path, train_on, keep=1)
     assert "step_00000002 isn't copied to ftp://" in lines[0] and "step_00000003 will be" in lines[0]
-    assert ["isn't in ftp://" in line and "nothing has moved for" in line for line in lines[1:3]] == [True, True]
+    assert lines[1].startswith("waiting until step_00000001 is in ftp://")
+    assert ["isn't in ftp://" in line and "nothing has moved for" in line for line in lines[2:4]] == [True, True]
 
 
 def test_who_must_leave_waits_for_no_copy(tmp_path):
