@@ -71,6 +71,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     choose = [Sampler(arguments.temperature, arguments.top_p, arguments.seed + index) for index in range(len(arguments.prompt))]
     folder = find(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
     model = load_model(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.ema)
+    window = model.config.model.seq_length
+    if arguments.page_size is not None and arguments.page_size > max(LEAST_PAGE, window):
+        raise ValueError(f"--page-size {arguments.page_size}: at most the model's window of {window} tokens expected")
     if model.device.type == "cpu" and sum(value.numel() for value in model.module.parameters()) < SMALL:
         torch.set_num_threads(1)
     prompts = [model.tokenizer.encode(text) for text in arguments.prompt]

@@ -157,7 +157,8 @@ def _fp8(config: Config) -> Iterator[Problem]:
                       '"reference" expected')
     if backend != "reference" and head_dim not in FP8_HEAD_DIMS:
         yield Problem(("train.attention_fp8", "model.head_dim"),
-                      f"train.attention_fp8: true with heads of {head_dim}; {', '.join(map(str, FP8_HEAD_DIMS))} expected")
+                      f"train.attention_fp8: true with heads of {head_dim}; {', '.join(map(str, FP8_HEAD_DIMS))} expected, "
+                      'or kernels.attention = "reference"')
 
 
 # DeepSpeed's key -> megalm's, or the reason why nobody may set it.

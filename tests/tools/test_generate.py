@@ -203,6 +203,8 @@ def test_several_prompts_are_a_json_object_each(tmp_path, capsys):
     assert [one["text"] for one in found] == alone
     assert main([*options, "--prompt", "a\nb", "--prompt", "", "--page-size", "16"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found
+    assert main([*options, "--prompt", "a", "--page-size", str(1 << 40)]) == 2
+    assert capsys.readouterr().err == f"error: --page-size {1 << 40}: at most the model's window of 24 tokens expected\n"
 
 
 def test_the_tokenizer_comes_from_the_checkpoint(tmp_path, capsys):
