@@ -13,7 +13,8 @@ from typing import TypeVar
 from megalm.checkpoint import sealed
 from megalm.checkpoint.disk import Disk
 from megalm.checkpoint.find import Report, read_manifest
-from megalm.checkpoint.format import MANIFEST, TEMPORARY_PREFIX, inside, step_name
+from megalm.checkpoint.format import MANIFEST, REPLACED_PREFIX, TEMPORARY_PREFIX, inside, step_name
+from megalm.checkpoint.publish import replace
 from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.sealed import CheckpointError, DamagedError
 from megalm.checkpoint.verify import verify
@@ -44,7 +45,12 @@ def fetch(remote: Remote, root: Path, report: Report, steps: Iterable[int] | Non
         except DamagedError as error:
             problem = str(error)
         if problem is None:
-            _replace(root / step_name(step), temporary, disk)
+            # Deleting what is replaced takes long, and a death meanwhile must cost neither.
+            disk.remove(root / (REPLACED_PREFIX + step_name(step)))
+            replace(root / step_name(step), temporary, disk)
+            disk.sync_folder(root)
+            disk.sync_folder(root.parent)
+            disk.remove(root / (REPLACED_PREFIX + step_name(step)))
             report(f"fetched {remote.url}/{step_name(step)}")
             return root / step_name(step)
         skipped.append(f"{step_name(step)}: {problem}")
@@ -54,18 +60,6 @@ def fetch(remote: Remote, root: Path, report: Report, steps: Iterable[int] | Non
         raise CheckpointError(f"none of the checkpoints in {remote.url} is whole ({'; '.join(skipped)}); move them away, or set "
                               "checkpoint.remote to another place, to begin without them")
     return None
-
-
-def _replace(folder: Path, fetched: Path, disk: Disk) -> None:
-    """Give a whole checkpoint its name. What had it goes afterwards: deleting takes long, and a death then costs neither."""
-    before = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}.replaced")
-    disk.remove(before)
-    if folder.exists():
-        disk.rename(folder, before)
-    disk.rename(fetched, folder)
-    disk.sync_folder(folder.parent)
-    disk.sync_folder(folder.parent.parent)
-    disk.remove(before)
 
 
 def _download(remote: Remote, step: int, folder: Path, disk: Disk, tell: Report) -> str | None:

@@ -81,15 +81,20 @@ def _check_ranks(temporary: Path, world_size: int) -> dict[str, dict[str, Any]]:
 def publish(root: Path, temporary: Path, step: int, disk: Disk) -> None:
     """Rename the folder to its name. What `latest` will say is on the disk before, when failing is harmless: after a crash
     between the two it tells that this checkpoint, and not the one that `latest` still names, is to go on from."""
-    final, aside = root / step_name(step), root / (REPLACED_PREFIX + step_name(step))
+    final = root / step_name(step)
     disk.remove(root / NEW_LATEST)
     seal = sealed.seal_of((temporary / MANIFEST).read_bytes())
     assert seal is not None
     disk.write(root / NEW_LATEST, [latest_text(final.name, seal)])
     disk.sync_folder(root)
     disk.sync_folder(root.parent)
+    replace(final, temporary, disk)
+
+
+def replace(final: Path, temporary: Path, disk: Disk) -> None:
+    """Give the folder its name; one that has it steps aside, to be removed by `clean`."""
     if final.exists():
-        disk.rename(final, aside)
+        disk.rename(final, final.with_name(REPLACED_PREFIX + final.name))
     disk.rename(temporary, final)
 
 

@@ -51,8 +51,9 @@ class Remote:
     def _put(self, path: Path, target: str, moved: Callable[[], None]) -> None:
         """Copy one file. On a file system that is mounted here, fsspec's way gives no sign of life until it is done."""
         from fsspec.callbacks import Callback
+        from fsspec.implementations.local import LocalFileSystem
 
-        if "file" not in self._files.protocol:
+        if not isinstance(self._files, LocalFileSystem):
             self._files.put_file(str(path), target, callback=Callback(hooks={"moved": lambda *_, **__: moved()}))
             return
         with open(path, "rb") as source, open(target, "wb") as copy:

@@ -108,7 +108,7 @@ def fast_backend(tokenizer: Tokenizer, short: bool = False) -> tuple[Backend | N
             return Gigatoken(lambda: load_hf_json(proto), reference, any_of(getattr(tokenizer, "plain_tokens", [])), short), ""
         content, unsafe = from_sentencepiece(proto)
         return Gigatoken(lambda: load_hf_json(content), reference, unsafe, short), ""
-    except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         return None, f"gigatoken can't take this model: {in_a_line(error)}"
 
 
