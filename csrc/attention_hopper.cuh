@@ -36,14 +36,17 @@ __device__ __forceinline__ void start_rows_by_rows(float (&out)[N / 8][4], const
   }
 }
 
-// out [64, N] += weights [64, ROWS] (a left operand) times a tile [ROWS, N], which lies transposed, [N, ROWS], where it is of bytes.
+// out [64, N] += weights [64, ROWS] (a left operand) times a tile [ROWS, N]. A tile of bytes lies transposed, [N, ROWS], and out is that
+// product alone.
 template <typename T, int ROWS, int N>
 __device__ __forceinline__ void start_weights_by_rows(float (&out)[N / 8][4], const uint32_t (&weights)[ROWS / STEP<T>][4], const unsigned char *tile) {
 #pragma unroll
   for (int step = 0; step < ROWS / STEP<T>; step++)
     if constexpr (sizeof(T) == 1) {
       static_assert(ROWS == PANEL<T>, "a panel");
-      Multiply<T, N>::template registers<true, Order::along>(out, weights[step], along_step(along(tile), step));
+      const uint64_t b = along_step(along(tile), step);
+      if (step == 0) Multiply<T, N>::template registers<false, Order::along>(out, weights[step], b);
+      else Multiply<T, N>::template registers<true, Order::along>(out, weights[step], b);
     } else {
       Multiply<T, N>::template registers<true, Order::across>(out, weights[step], across_step(across(tile, ROWS * PANEL_ROW), step));
     }

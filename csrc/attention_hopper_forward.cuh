@@ -4,7 +4,9 @@
 // (turns), and within one the products with the values of a tile run beside the exponentials of the next. Math: attention.h; the
 // schedule is that of Shah et al., "FlashAttention-3", 2024, section 3.
 //
-// The products are of T, or of bytes (In is e4m3), which attention_hopper_quantize.cuh has made of q, k and v.
+// The products are of T, or of bytes (In is e4m3), which attention_hopper_quantize.cuh has made of q, k and v. The tensor cores keep only
+// about 14 bits of a sum of products of bytes (DeepSeek-V3, 2024, section 3.3.2), so those with a tile of values start from zero and are
+// added in fp32. Where there are no registers for them beside the next scores, they come first (BESIDE), a slice after the other.
 #pragma once
 #include "attention_hopper.cuh"
 
@@ -43,6 +45,8 @@ template <typename T, typename In, int D, int E, int CONSUMERS, int KEYS> struct
   static constexpr bool BYTES = sizeof(In) == 1;
   static constexpr int QUERY_BYTES = tile_bytes<In>(ROWS, D), KEY_BYTES = tile_bytes<In>(KEYS, D);
   static constexpr int VALUE_BYTES = BYTES ? tile_bytes<In>(E, KEYS) : tile_bytes<In>(KEYS, E);
+  static constexpr int SLICE = E > 128 ? 64 : E, SLICES = E / SLICE;
+  static constexpr bool BESIDE = !BYTES || SLICES == 1;
   // Weights are at most two to this: bytes are finest, beside 0, from 2^-6 on, and go to 448.
   static constexpr float LIFT = BYTES ? 8.0f : 0.0f;
   enum Barriers { QUERIES_HERE, QUERIES_LEFT, KEYS_HERE, KEYS_LEFT = KEYS_HERE + STAGES, VALUES_HERE = KEYS_LEFT + STAGES,
@@ -67,6 +71,7 @@ template <typename T, typename In, int D, int E, int CONSUMERS, int KEYS> struct
 
   // Of this thread: queries g and g + 8 of its warp's 16 (lane 4 g + t), all keys 8 n + 2 t, + 1 of a tile.
   float scores[TILES][4], out[OUT_TILES][4];
+  float products[BYTES ? SLICE / 8 : 1][4];
   float maximum[2], total[2], rescale[2];
   uint32_t weights[KEYS / STEP<In>][4];
   int begin[2], end[2];
@@ -233,11 +238,37 @@ template <typename T, typename In, int D, int E, int CONSUMERS, int KEYS> struct
     start_rows_by_rows<In, D, ROWS, KEYS>(scores, shared.queries, consumer() * 64, shared.keys + place.stage * KEY_BYTES);
     matrix_commit();
   }
-  __device__ __forceinline__ void start_output(const Shared &shared, const Place<STAGES> &place) {
-    barrier_wait(shared.values_here(place.stage), place.parity);
+  __device__ __forceinline__ void start_output(const unsigned char *values) {
     matrix_fence();
-    start_weights_by_rows<In, KEYS, E>(out, weights, shared.values + place.stage * VALUE_BYTES);
+    if constexpr (BYTES) start_weights_by_rows<In, KEYS, SLICE>(products, weights, values);
+    else start_weights_by_rows<In, KEYS, E>(out, weights, values);
     matrix_commit();
+  }
+  __device__ __forceinline__ void finish_output(int slice) {
+    matrix_wait<0>();
+    if constexpr (BYTES) {
+      matrix_settle(products);
+#pragma unroll
+      for (int n = 0; n < SLICE / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[slice * SLICE / 8 + n][i] += products[n][i];
+    } else {
+      matrix_settle(out);
+    }
+  }
+  __device__ __forceinline__ const unsigned char *values_of(const Shared &shared, const Place<STAGES> &place) {
+    barrier_wait(shared.values_here(place.stage), place.parity);
+    return shared.values + place.stage * VALUE_BYTES;
+  }
+  // All of a tile's products with values, beside nothing.
+  __device__ __forceinline__ void add_output(const Shared &shared, const Place<STAGES> &place) {
+    const unsigned char *const values = values_of(shared, place);
+#pragma unroll
+    for (int slice = 0; slice < (BYTES ? SLICES : 1); slice++) {
+      start_output(values + slice * SLICE * PANEL_ROW);
+      finish_output(slice);
+    }
+    warp_arrive(shared.values_left(place.stage));
   }
 
   // A warpgroup: its 64 queries of every tile.
@@ -274,27 +305,25 @@ template <typename T, typename In, int D, int E, int CONSUMERS, int KEYS> struct
       }
       for (int key = work.begin + KEYS; key < work.end; key += KEYS, turn++) {
         const Place<STAGES> before(turn), place(turn + 1);
+        if constexpr (!BESIDE) f.add_output(shared, before);
         f.start_scores(shared, place);
-        f.start_output(shared, before);  // runs while the scores become exponentials
+        if constexpr (BESIDE) f.start_output(f.values_of(shared, before));  // runs while the scores become exponentials
         pass_turn();
-        matrix_wait<1>();
+        matrix_wait<BESIDE ? 1 : 0>();
         matrix_settle(f.scores);
         warp_arrive(shared.keys_left(place.stage));
         f.score(scored, work.first_query, key, offset, whole(key));
         f.exponentiate(scored.unit);
-        matrix_wait<0>();
-        matrix_settle(f.out);
-        warp_arrive(shared.values_left(before.stage));
+        if constexpr (BESIDE) {
+          f.finish_output(0);
+          warp_arrive(shared.values_left(before.stage));
+        }
         f.scale_output();
         as_weights<In>(f.weights, f.scores);
       }
       warp_arrive(shared.barriers + QUERIES_LEFT);
       if (work.begin < work.end) {
-        const Place<STAGES> last(turn++);
-        f.start_output(shared, last);
-        matrix_wait<0>();
-        matrix_settle(f.out);
-        warp_arrive(shared.values_left(last.stage));
+        f.add_output(shared, Place<STAGES>(turn++));
       }
       f.finish(p, work, scored.unit, BYTES ? units.value(work.batch, group) : 1.0f);
     }

@@ -71,7 +71,7 @@ def files() -> dict[str, str]:
         if shape.queries is not None:
             rest["hopper_backward"] = f"{d}, {shape.queries}"
         if shape.fp8:
-            rest["hopper_fp8"] = f"{d}, {e}, {shape.consumers}, 128"
+            rest["hopper_fp8"] = f"{d}, {e}, 2, 128"
         for name, arguments in rest.items():
             text = _FILE.format(name=name, direction="backward" if "backward" in name else "forward", d=d, e=e, rest=arguments)
             if name == "hopper_backward":

@@ -92,6 +92,26 @@ inline void read_registers(Product &p) {
       }
 }
 
+// A sum of an instruction of bytes, of products and what is there. Hopper's keeps about 14 bits: every number is shifted to the largest's
+// exponent, and what falls off is lost (DeepSeek-V3, 2024, section 3.3.2; toward zero: Fasi et al., "Numerical behavior of NVIDIA tensor
+// cores", 2021, who saw it in wider types).
+constexpr int KEPT_BITS = 14;
+inline float sum_of_bytes(float sum, const float *a, const float *b, int depth) {
+  int largest = 0;
+  for (int k = -1; k < depth; k++) {
+    const int exponent = bits_of(k < 0 ? sum : a[k] * b[k]) >> 23 & 0xff;
+    if (exponent > largest) largest = exponent;
+  }
+  if (largest == 0 || largest == 0xff) {
+    for (int k = 0; k < depth; k++) sum += a[k] * b[k];
+    return sum;
+  }
+  const int shift = 127 + KEPT_BITS - 1 - largest;  // the largest comes to lie in [2^13, 2^14)
+  int64_t kept = int64_t(std::ldexp(sum, shift));
+  for (int k = 0; k < depth; k++) kept += int64_t(std::ldexp(a[k] * b[k], shift));
+  return std::ldexp(float(kept), -shift);
+}
+
 // This thread's part of a product, onto its sum; the accumulator gets it once no instruction on it is under way.
 inline void finish_product(Fiber &f, Thread &thread, const Issued &issued) {
   Product &p = *issued.product;
@@ -104,7 +124,9 @@ inline void finish_product(Fiber &f, Thread &thread, const Issued &issued) {
     for (int i = 0; i < 4; i++) {
       const float *const a = &p.left[(first + i / 2 * 8) * p.depth()], *const b = &p.right[(n * 8 + t * 2 + i % 2) * p.depth()];
       float value = p.add ? sum.values[n * 4 + i] : 0.0f;
-      for (int k = 0; k < p.depth(); k++) value += a[k] * b[k];
+      if (p.size == 1) value = sum_of_bytes(value, a, b, p.depth());
+      else
+        for (int k = 0; k < p.depth(); k++) value += a[k] * b[k];
       sum.values[n * 4 + i] = value;
     }
   if (--sum.under_way > 0) return;

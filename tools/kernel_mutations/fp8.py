@@ -25,5 +25,9 @@ MUTATIONS = (
     _bug("a unit that is too small", _QUANTIZE, "(fraction <= MOST / 512.0f ? 9 : 8)", "9"),
     _bug("values beyond the last key", _QUANTIZE, "key < part.rows ? part.pack(key, chunk) : Pack<T, 8>{};",
          "part.pack(key, chunk);"),
+    _bug("products of a tile onto those of the one before", _SHARED, "registers<false, Order::along>(out, weights[step], b);",
+         "registers<true, Order::along>(out, weights[step], b);"),
+    _bug("the first slice of values for every one", _FORWARD, "values + slice * SLICE * PANEL_ROW", "values"),
+    _bug("products of every slice onto the first", _FORWARD, "out[slice * SLICE / 8 + n][i] +=", "out[n][i] +="),
     _bug("the second half of sixteen forgotten", _QUANTIZE, "part.pack(row, 2 * chunk + half)", "part.pack(row, 2 * chunk)"),
 )

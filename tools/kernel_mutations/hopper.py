@@ -14,17 +14,19 @@ MUTATIONS = (
     _bug("keys waited for with the wrong parity", _FORWARD, "barrier_wait(shared.keys_here(place.stage), place.parity);",
          "barrier_wait(shared.keys_here(place.stage), place.parity ^ 1);"),
     _bug("values not waited for", _FORWARD, "    barrier_wait(shared.values_here(place.stage), place.parity);\n", ""),
-    _bug("scores used before their products are done", _FORWARD, "        matrix_wait<1>();\n        matrix_settle(f.scores);\n",
-         "        matrix_wait<2>();\n"),
+    _bug("scores used before their products are done", _FORWARD,
+         "        matrix_wait<BESIDE ? 1 : 0>();\n        matrix_settle(f.scores);\n", "        matrix_wait<2>();\n"),
     _bug("a stage of keys left while its products run", _FORWARD,
-         "        matrix_wait<1>();\n        matrix_settle(f.scores);\n        warp_arrive(shared.keys_left(place.stage));\n",
-         "        warp_arrive(shared.keys_left(place.stage));\n        matrix_wait<1>();\n        matrix_settle(f.scores);\n"),
+         "        matrix_wait<BESIDE ? 1 : 0>();\n        matrix_settle(f.scores);\n"
+         "        warp_arrive(shared.keys_left(place.stage));\n",
+         "        warp_arrive(shared.keys_left(place.stage));\n"
+         "        matrix_wait<BESIDE ? 1 : 0>();\n        matrix_settle(f.scores);\n"),
     _bug("weights overwritten while their products run", _FORWARD,
-         "        f.exponentiate(scored.unit);\n        matrix_wait<0>();\n        matrix_settle(f.out);\n"
-         "        warp_arrive(shared.values_left(before.stage));\n        f.scale_output();\n"
+         "        if constexpr (BESIDE) {\n          f.finish_output(0);\n"
+         "          warp_arrive(shared.values_left(before.stage));\n        }\n        f.scale_output();\n"
          "        as_weights<In>(f.weights, f.scores);\n",
-         "        f.exponentiate(scored.unit);\n        as_weights<In>(f.weights, f.scores);\n        matrix_wait<0>();\n"
-         "        matrix_settle(f.out);\n        warp_arrive(shared.values_left(before.stage));\n        f.scale_output();\n"),
+         "        as_weights<In>(f.weights, f.scores);\n        if constexpr (BESIDE) {\n          f.finish_output(0);\n"
+         "          warp_arrive(shared.values_left(before.stage));\n        }\n        f.scale_output();\n"),
     _bug("queries left before the last scores", _FORWARD, "      barrier_wait(shared.barriers + QUERIES_HERE, done++ % 2);\n",
          "      barrier_wait(shared.barriers + QUERIES_HERE, done++ % 2);\n      warp_arrive(shared.barriers + QUERIES_LEFT);\n"),
     _bug("a turn passed to oneself", _FORWARD, "named_arrive(1 + (consumer() + 1) % CONSUMERS,", "named_arrive(1 + consumer(),"),
