@@ -101,10 +101,10 @@ def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[s
         if restored is not source:
             source, loaders = restored, _loaders(held, config, groups, tokenizer, restored)
         loader, valid = loaders
-        notes += [*plan.notes, *kernels, *(f"data: {line}" for line in told(loader.dataset.shares))]
+        notes += [*source.notes, *plan.notes, *kernels, *(f"data: {line}" for line in told(loader.dataset.shares))]
         logger = groups.agreed(lambda: Logger(config, plan, rank=groups.rank, first_step=source.step))
         held.enter_context(contextlib.closing(logger))
-        for note in notes:
+        for note in dict.fromkeys(notes):  # whoever looks for a checkpoint again says again what is wrong with one
             logger.note(note)
         saver = Saver(config.train.dir, engine, groups, config, plan, tokenizer.files(), report=logger.note)
         held.enter_context(saver)
@@ -134,7 +134,7 @@ def _derive(config: Config, world: World) -> tuple[Tokenizer, Plan, list[str]]:
 class Source:
     """Where a run's weights come from (None: drawn anew), the step it goes on from, and the samples drawn until then.
 
-    `foreign`: another program's weights, as checkpoint.init_from names them.
+    `foreign`: another program's weights, as checkpoint.init_from names them. `notes`: what to say once they are loaded.
     `replaces_all`: loading leaves nothing of the initial weights, so that nobody needs to compute them.
     """
 
@@ -145,6 +145,7 @@ class Source:
     replaces_all: bool = False
     finished: bool = False
     foreign: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str], damaged: Sequence[Path] = ()) -> Source:
@@ -158,16 +159,19 @@ def _source(config: Config, plan: Plan, tokenizer: Tokenizer, notes: list[str], 
             return Source()
         if sources.kind_of(config.checkpoint.init_from)[0] is not None:
             sources.open_for(config.checkpoint.init_from, config.model, plan.vocab_size)
-            return Source(foreign=config.checkpoint.init_from)
+            said = f"beginning with the weights of {config.checkpoint.init_from}"
+            return Source(foreign=config.checkpoint.init_from, notes=(said,))
         first = checkpoint.find(config.checkpoint.init_from, notes.append)
-        return Source(first, weights_only=True, replaces_all=checkpoint.replaces_all(first, plan))
+        changes = checkpoint.check_start(first, config, plan, tokenizer.files())
+        said = (f"beginning with the weights of {first}", *(f"changed: {difference}" for difference in changes))
+        return Source(first, weights_only=True, replaces_all=checkpoint.replaces_all(first, plan), notes=said)
     manifest = checkpoint.read_manifest(resumed)
     step, consumed = manifest["step"], manifest["consumed_samples"]
     changes = checkpoint.check_resume(resumed, config, plan, tokenizer.files())
-    notes += [f"going on from step {step}, {resumed}", *(f"changed: {difference}" for difference in changes)]
+    said = (f"going on from step {step}, {resumed}", *(f"changed: {difference}" for difference in changes))
     # Of any that may have to stand in for it, too.
     replaces_all = all(checkpoint.replaces_all(path, plan) for path in checkpoint.whole(config.train.dir))
-    return Source(resumed, step, consumed, replaces_all=replaces_all, finished=step >= _last_step(config))
+    return Source(resumed, step, consumed, replaces_all=replaces_all, finished=step >= _last_step(config), notes=said)
 
 
 def _tell(line: str) -> None:
@@ -190,9 +194,8 @@ def _restore(config: Config, groups: Groups, tokenizer: Tokenizer, engine: Engin
             if source.weights_only:
                 raise
             damaged.append(source.path)
-            notes.append(f"skipped {source.path.name}: {error}")
             if groups.rank == 0:  # at once: the next may be damaged too, and then this is why
-                _tell(notes[-1])
+                _tell(f"skipped {source.path.name}: {error}")
         source = groups.from_first(lambda: _source(config, groups.plan, tokenizer, notes, damaged))
     if source.foreign is not None:
         sources.load_foreign(source.foreign, engine, groups, config.model, groups.plan.vocab_size)

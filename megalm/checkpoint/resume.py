@@ -23,6 +23,8 @@ NEWER = {"train.z_loss": 0.0, "train.label_smoothing": 0.0, "data.document_mask"
 FREE = ("model.vocab_multiple", "data.cache", "tokenizer.path")
 """Among these, the ones that don't: padding never wins a logit, a cache can lie anywhere, and of a tokenizer's file the
 content is compared."""
+FREE_AT_START = ("model.family", "model.vocab_size", "model.dropout", "model.attention_dropout", "model.init_std")
+"""Of the model section, what doesn't matter either to a run that begins with another's weights."""
 TOLD = ("precision.dtype",)
 """Settings that a run may go on with, but hears of."""
 ALLOWED_BEFORE = ("logs",)
@@ -91,15 +93,33 @@ def check_resume(checkpoint: Path, config: Any, plan: Any, tokenizer_files: Iter
     Raises CheckpointError with every difference that shapes the numbers on its line, unless config.checkpoint.allow_changes.
     """
     stored, current = _read_object(checkpoint, "config.json"), config.model_dump(mode="json")
+    found = differences(stored, current)
+    return _allowed(found, checkpoint, config, plan, tokenizer_files) + differences(stored, current, TOLD)
+
+
+def check_start(checkpoint: Path, config: Any, plan: Any, tokenizer_files: Iterable[Path] = ()) -> list[Difference]:
+    """The same for a run that begins with the weights of a checkpoint: is it the same model? A checkpoint that has no
+    tokenizer's files, as one of weights from elsewhere, may go with any of as many tokens."""
+    stored, current = _read_object(checkpoint, "config.json"), config.model_dump(mode="json")
+    window = ("model.seq_length",) if current["model"].get("position_embedding") == "rotary" else ()
+    found = [item for item in differences(stored, current, ("model",)) if item.path not in (*FREE_AT_START, *window)]
+    known = any((checkpoint / TOKENIZER).glob("*"))
+    return _allowed(found, checkpoint, config, plan, tokenizer_files if known else ())
+
+
+def _allowed(found: Sequence[Difference], checkpoint: Path, config: Any, plan: Any,
+             tokenizer_files: Iterable[Path]) -> list[Difference]:
+    """`found` and what differs of the vocabulary. Raises CheckpointError where that may not be."""
     # A size that one side states and the other takes from its tokenizer is the same size: the plans know it.
-    found = [difference for difference in differences(stored, current) if difference.path != "model.vocab_size"]
+    found = [difference for difference in found if difference.path != "model.vocab_size"]
     pairs = (("the vocabulary's size", _read_object(checkpoint, "plan.json").get("vocab_size", MISSING), plan.vocab_size),
              ("the tokenizer's files", _contents((checkpoint / TOKENIZER).glob("*")), _contents(tokenizer_files)))
     found += [Difference(name, before, now) for name, before, now in pairs if before != now]
     if found and not config.checkpoint.allow_changes:
         lines = "".join(f"\n  {difference}" for difference in found)
-        raise CheckpointError(f"{checkpoint} has other settings; checkpoint.allow_changes=true goes on regardless:{lines}")
-    return found + differences(stored, current, TOLD)
+        raise CheckpointError(f"{checkpoint} has other settings; checkpoint.allow_changes=true goes on regardless, as far as the "
+                              f"weights fit:{lines}")
+    return found
 
 
 def replaces_all(checkpoint: Path, plan: Any) -> bool:

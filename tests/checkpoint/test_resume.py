@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megalm.checkpoint import CheckpointError, check_resume, choose, differences, replaces_all
+from megalm.checkpoint import CheckpointError, check_resume, check_start, choose, differences, replaces_all
 from megalm.checkpoint.resume import flatten
 from tests.checkpoint.fakes import SMALL, draw, engines, plan, save_all, settings
 from tests.checkpoint.test_layouts import succeed
@@ -112,6 +112,27 @@ def test_a_vocabulary_of_another_size_is_another_model_whoever_states_it(run):
     assert check_resume(path, settings(model={"hidden_size": 12, "vocab_size": 60}), plan()) == []
     with pytest.raises(CheckpointError, match="the vocabulary's size: stored 60, now 61"):
         check_resume(path, settings(), plan(vocab_size=61))
+
+
+def test_weights_begin_a_run_of_their_own_model_and_vocabulary_only(tmp_path):
+    """Whatever has the same shapes and means something else is named; what trains it is the new run's business."""
+    spm, other = tmp_path / "spm.model", tmp_path / "other.model"
+    spm.write_bytes(b"pieces")
+    other.write_bytes(b"others")
+    succeed(save_all(tmp_path, 4, engines(SMALL, draw(SMALL)), tokenizer_files=[spm]))
+    path = choose(tmp_path, "auto")
+    free = {"model": {"hidden_size": 12, "dropout": 0.1, "vocab_size": 60}, "train": {"seed": 9}, "optimizer": {"lr": 3.0}}
+    assert check_start(path, settings(**free), plan(), [spm]) == []
+    changes = settings(model={"hidden_size": 12, "norm_eps": 0.1, "rotary_theta": 5.0})
+    with pytest.raises(CheckpointError) as caught:
+        check_start(path, changes, plan(vocab_size=61), [other])
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("checkpoint.allow_changes=true goes on regardless, as far as the weights fit:")
+    assert lines[1:4] == ["  model.norm_eps: stored nothing, now 0.1", "  model.rotary_theta: stored nothing, now 5.0",
+                          "  the vocabulary's size: stored 60, now 61"] and lines[4].startswith("  the tokenizer's files: ")
+    assert len(check_start(path, settings(allow_changes=True, train={"seed": 9}), plan(vocab_size=61), [spm])) == 1
+    (path / "tokenizer/spm.model").unlink()
+    assert check_start(path, settings(), plan(), [other]) == [], "weights that came without one"
 
 
 def test_a_config_that_isn_t_one(run):
