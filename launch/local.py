@@ -36,7 +36,7 @@ def start(config_path: str, overrides: Sequence[str], job: str = rank.TRAIN) -> 
         output.prepare(config.train.dir)
         plan = make_plan(config, world_size(config, gpus), load_tokenizer(config.tokenizer).vocab_size)
     except (ConfigError, PlanError, DataError) as error:
-        print(error, file=sys.stderr)
+        output.mistake(error)
         return rank.USER_ERROR
     adopt_orphans()
     arguments = (job, config_path, list(overrides), config.train.dir)
@@ -47,8 +47,8 @@ def start(config_path: str, overrides: Sequence[str], job: str = rank.TRAIN) -> 
             start_ranks = _fork
             _import_everything(environment, job)
         with Interrupts() as interrupts:
-            where = "on GPUs" if gpus else "on the CPU"
-            say(f"starting {plan.world_size} ranks {where}: tp {plan.tp} x pp {plan.pp} x dp {plan.dp}")
+            what = f"rank{'s' * (plan.world_size > 1)} on {'GPUs' if gpus else 'the CPU'}"
+            say(f"starting {plan.world_size} {what}: tp {plan.tp} x pp {plan.pp} x dp {plan.dp}")
             return supervise(start_ranks(plan, environment, arguments), interrupts)
 
 

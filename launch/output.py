@@ -88,6 +88,11 @@ def say(text: str) -> None:
             os.dup2(null.fileno(), sys.stderr.fileno())
 
 
+def mistake(error: Exception) -> None:
+    """What the user did wrong, a line each, on standard error."""
+    print("\n".join(f"error: {problem}" for problem in getattr(error, "problems", [error])), file=sys.stderr, flush=True)
+
+
 def tail(log: Path, lines: int = 20) -> list[str]:
     """The last lines of a log file, read from its last 64 KiB; empty if there is none."""
     try:

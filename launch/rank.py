@@ -43,7 +43,7 @@ def run(job: str, config_path: str, overrides: Sequence[str], run_folder: str | 
         output.redirect(output.log_path(run_folder, rank), console=rank == 0)
         return int(resolve(job)(config_path, list(overrides)))
     except (ConfigError, PlanError, DataError) as error:
-        print(error, file=sys.stderr)
+        output.mistake(error)
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -68,7 +68,7 @@ def _one_rank(arguments: argparse.Namespace) -> int:
         config = load(arguments.config, arguments.overrides)
     except ConfigError as error:
         if number == 0:
-            print(error, file=sys.stderr)
+            output.mistake(error)
         return rank.USER_ERROR
     console = os.dup(2)
     code = rank.run(arguments.job, arguments.config, arguments.overrides, config.train.dir, number)

@@ -57,7 +57,7 @@ def _run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean `megalm {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}"
-        print(f"megalm: no command {name!r}; {hint}", file=sys.stderr)
+        print(f"error: no command {name!r}; {hint}", file=sys.stderr)
         return 2
     return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
 

@@ -43,7 +43,8 @@ def run(config_path: str, overrides: Sequence[str] = ()) -> int:
         try:
             return train(load(config_path, overrides), stop)
         except USER_ERRORS as error:
-            print(f"megalm: {error}", file=sys.stderr, flush=True)
+            problems = getattr(error, "problems", [error])  # as every program of megalm says them
+            print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr, flush=True)
             return USER_ERROR
 
 
@@ -335,7 +336,7 @@ def _stopped(run: Run, why: str, first: int) -> int:
 
 def _give_up(run: Run, why: str, code: int) -> int:
     """Every rank says why, since a launcher shows the log of whichever leaves first; none leaves before rank 0 has closed."""
-    print(f"megalm: {why}", file=sys.stderr, flush=True)
+    print(f"error: {why}", file=sys.stderr, flush=True)
     run.logger.close()
     return code
 

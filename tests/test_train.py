@@ -295,7 +295,7 @@ def test_a_bad_step_that_reached_the_weights_ends_the_run_at_once(layout, change
     world, sections = LAYOUTS[layout]
     path = training.write_config(tmp_path, **sections, checkpoint={"every": 1})
     for code, said in training.start(world, path, changes=changes, poisoned=poisoned):
-        assert code == 1 and said == ("megalm: stopped: step 3 changed the weights with a loss or gradients that are not finite; "
+        assert code == 1 and said == ("error: stopped: step 3 changed the weights with a loss or gradients that are not finite; "
                                       "the newest checkpoint is that of step 2\n")
     assert [record["step"] for record in training.records(tmp_path / "run")] == [1, 2, 3]
     assert find(tmp_path / "run").name == "step_00000002"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint import CheckpointError, Weights, differences, find, read_weights
-from megalm.checkpoint.format import read_json
+from megalm.checkpoint.format import MANIFEST, read_json
+from megalm.checkpoint.sealed import seal_of
 from megalm.checkpoint.stream import write_weights
 
 FOLDERS = ("tokenizer", "huggingface")
@@ -38,6 +39,7 @@ def average(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--weights: {len(weights)} numbers for {len(folders)} checkpoints")
     if not all(map(math.isfinite, weights)) or not sum(weights) > 0:
         raise ValueError(f"--weights {' '.join(map(str, weights))}: finite numbers with a sum above 0 expected")
+    _check_distinct(arguments.checkpoints, folders)
     _check_alike(folders)
     mean = Mean([read_weights(folder) for folder in folders], [weight / sum(weights) for weight in weights], folders)
     first = folders[0]
@@ -46,6 +48,16 @@ def average(arguments: argparse.Namespace) -> int:
     write_weights(Path(arguments.output), mean, documents, files)
     print(f"{arguments.output}: the average of {', '.join(path.name for path in folders)}")
     return 0
+
+
+def _check_distinct(given: Sequence[str], folders: Sequence[Path]) -> None:
+    """Each is another one, wherever it lies: for shares there is --weights. Raises ValueError."""
+    seen: dict[str | None, str] = {}
+    for path, folder in zip(given, folders, strict=True):
+        seal = seal_of((folder / MANIFEST).read_bytes())
+        if seal in seen:
+            raise ValueError(f"{seen[seal]} and {path} are the same checkpoint; --weights gives one a larger share")
+        seen[seal] = path
 
 
 def _check_alike(folders: Sequence[Path]) -> None:

@@ -20,9 +20,9 @@ from pathlib import Path
 from megalm.checkpoint import CheckpointError, find, read_manifest
 from megalm.checkpoint.find import candidates
 from megalm.checkpoint.format import CHECKPOINTS, MANIFEST
-from megalm.checkpoint.verify import Tensor, tensors, verify
+from megalm.checkpoint.verify import Tensor, size, tensors, verify
 from megalm.tools import average
-from megalm.tools._command import Parser, run
+from megalm.tools._command import Parser, counted, run
 
 FOUND = 1
 """The exit code of a command that found what one doesn't want to find."""
@@ -66,12 +66,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return 0
     layout = ", ".join(f"{name} {value}" for name, value in manifest["layout"].items())
     loss = "not measured" if manifest["eval_loss"] is None else f"{manifest['eval_loss']:.4f}"
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    files, held_bytes = size(folder, manifest)
     rows = [("checkpoint", folder), ("step", f"{manifest['step']:,}"), ("samples drawn", f"{manifest['consumed_samples']:,}"),
-            ("validation loss", loss), ("saved by", f"{manifest['world_size']} ranks: {layout}"),
+            ("validation loss", loss), ("saved by", f"{counted(manifest['world_size'], 'rank')}: {layout}"),
             ("counters", json.dumps(manifest["counters"])),
             ("versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())),
-            ("size", f"{size:,} bytes in {len(manifest['files']) + 1} files")]
+            ("size", f"{held_bytes:,} bytes in {files} files")]
     for name, value in rows:
         print(f"{name:<16} {value}")
     print()

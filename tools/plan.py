@@ -22,7 +22,7 @@ from megalm.data.tokenizer import load_tokenizer
 from megalm.plan import Plan, PlanError, flops, make_plan
 from megalm.plan.memory import memory
 from megalm.plan.parameters import model_size
-from megalm.tools._command import Parser, positive, run
+from megalm.tools._command import Parser, counted, positive, run
 
 USUAL_GPUS_PER_NODE = 8
 MANY_ROWS = 16
@@ -102,7 +102,7 @@ def table(name: str, config: Config, plan: Plan, facts: dict[str, Any]) -> Itera
     """The facts for people, line by line."""
     model, executed = facts["flops_per_token"], facts["flops_per_token_executed"]
     nodes = f"{facts['nodes']} nodes x " if facts["nodes"] > 1 else ""
-    yield f"{name}: {nodes}{facts['gpus_per_node']} GPUs = {plan.world_size} ranks"
+    yield f"{name}: {nodes}{facts['gpus_per_node']} GPUs = {counted(plan.world_size, 'rank')}"
     yield ""
     yield f"degrees     tp {plan.tp} x pp {plan.pp} x dp {plan.dp}" + (", sequence parallel" if plan.sequence_parallel else "")
     yield f"model       {facts['parameters']:,} parameters, vocabulary {plan.vocab_size:,} padded to {plan.padded_vocab_size:,}"

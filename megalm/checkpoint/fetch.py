@@ -17,7 +17,7 @@ from megalm.checkpoint.format import MANIFEST, REPLACED_PREFIX, TEMPORARY_PREFIX
 from megalm.checkpoint.publish import replace
 from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.sealed import CheckpointError, DamagedError
-from megalm.checkpoint.verify import verify
+from megalm.checkpoint.verify import size, verify
 
 T = TypeVar("T")
 PROBLEMS_SHOWN = 3
@@ -81,11 +81,13 @@ def _download(remote: Remote, step: int, folder: Path, disk: Disk, tell: Report)
 
 def _copy_files(remote: Remote, step: int, folder: Path, disk: Disk, tell: Report) -> list[str]:
     """Copy what isn't here yet; returns the names of the files that were."""
-    files = read_manifest(folder)["files"]
+    manifest = read_manifest(folder)
+    files = manifest["files"]
     kept = [name for name, stated in files.items() if sealed.size(inside(folder, name)) == stated["bytes"]]
-    missing = {name: stated["bytes"] for name, stated in files.items() if name not in kept}
-    tell(f"fetching {remote.url}/{step_name(step)}: {sum(missing.values()):,} bytes in {len(missing)} files"
-         + (f"; {len(kept)} are here already" if kept else ""))
+    missing = [name for name in files if name not in kept]
+    number, total = size(folder, manifest)
+    tell(f"fetching {remote.url}/{step_name(step)}: {total:,} bytes in {number} files"
+         + (f", of which {len(kept)} are here already" if kept else ""))
     part = folder / PART
     disk.remove(part)
     for name in missing:

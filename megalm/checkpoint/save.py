@@ -129,13 +129,20 @@ class Saver:
         can't hold those of its ranks, they go on writing by themselves, and say so.
         """
         size = snapshot.places(snapshot.owned(self._engine.fragments()))[1]
+        if self._room(size):
+            self._start_writer(device, size)
+
+    def _room(self, size: int | None) -> bool:
+        """Whether this machine has room for the copies of those of its ranks that are to get a writer, `size` bytes of this one
+        (None: it gets none)."""
         own = memory.machine()
-        short = memory.shortage(own, self._groups.gather((own, size, memory.available_bytes())))
-        if short:
-            self._report("checkpoints are written while the training waits: copies of this machine's ranks need "
-                         f"{short[0]:,} bytes, {short[1]:,} are free")
-            return
-        self._start_writer(device, size)
+        told = self._groups.gather((own, size or 0, memory.available_bytes()))
+        for name in dict.fromkeys(name for name, _, _ in told):
+            short, ranks = memory.shortage(name, told), [i for i, (of, need, _) in enumerate(told) if of == name and need]
+            if short:
+                self._report(f"checkpoints are written while the training waits: copies of rank{'s' * (len(ranks) > 1)} "
+                             f"{', '.join(map(str, ranks))} on one machine need {short[0]:,} bytes, {short[1]:,} are free")
+        return size is not None and memory.shortage(own, told) is None
 
     def _start_writer(self, device: torch.device, size: int) -> None:
         self._writer = Writer(self.root, size)
@@ -165,7 +172,8 @@ class Saver:
         if self._phase is not None:
             before, start = self._step, time.monotonic()
             self._bear(self.finish)
-            self._report(f"waited {time.monotonic() - start:.1f} s for the checkpoint of step {before} to be on the disk")
+            what = f"for the checkpoint of step {before}" + (" to be on the disk" if self.saved == before else ", which failed")
+            self._report(f"waited {time.monotonic() - start:.1f} s {what}")
         self.copies.drop(step)
         self._step, self._phase, self._answer = step, PART, None
         self._before = self._seal()
@@ -244,13 +252,14 @@ class Saver:
         if not problems:
             return
         self._phase = None
-        self._settle_writer()
+        ended = self._end_writer()
         self._groups.agree(None)  # from here on nobody writes there
         whole, untidy = None, None
         if self._groups.rank == 0:
             untidy = self._performer.clean().problem
             whole = self._seal() not in (None, self._before) and fault(self.root / step_name(self._step), read=False) is None
         whole, untidy, self._token = self._groups.broadcast((whole, untidy, secrets.token_hex(4)))
+        self._succeed_writer(ended)
         lines = "; ".join(f"rank {rank} failed {text}" for rank, text in problems)
         name, after = self.root / step_name(self._step), f"; then {untidy}" if untidy else ""
         if whole:
@@ -270,14 +279,21 @@ class Saver:
             count = f"; {self._failures} failed in a row, {self._allowed} end the run" if self._failures else ""
             self._report(f"{error}{count}")
 
-    def _settle_writer(self) -> None:
-        """After a failure anywhere: a writer that is dead, or still busy with what is to be removed, makes way for another."""
+    def _end_writer(self) -> tuple[torch.device, int] | None:
+        """After a failure anywhere: a writer that is dead, or still busy with what is to be removed, makes way for another, whose
+        device and bytes are returned."""
         if self._writer is None or not self._writer.busy or self._snapshot is None:
-            return
+            return None
         device, size = self._snapshot.device, self._writer.size
         self._close_writer()
+        return device, size
+
+    def _succeed_writer(self, ended: tuple[torch.device, int] | None) -> None:
+        """Start another in place of what has ended, if it was not for lack of memory that it did."""
+        if not self._room(None if ended is None else ended[1]):
+            return
         try:
-            self._start_writer(device, size)
+            self._start_writer(*ended)
         except OSError as error:
             self._report(f"checkpoints are written while the training waits: no new writer could be started: {error}")
 

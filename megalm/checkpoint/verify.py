@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint import boxes, sealed
 from megalm.checkpoint.find import damage, read_manifest
-from megalm.checkpoint.format import StoredFragment, index_file, inside, open_index
+from megalm.checkpoint.format import MANIFEST, StoredFragment, index_file, inside, open_index
 from megalm.checkpoint.sealed import CheckpointError, UnreadableError
 
 
@@ -55,8 +55,6 @@ def verify(folder: Path) -> Verified:
     if problem:
         return Verified(0, 0, [problem])
     manifest = read_manifest(folder)
-    stated = manifest["files"]
-    size = sum(entry["bytes"] for entry in stated.values()) + (folder / "checkpoint.json").stat().st_size
     problems: list[str] = []
     stored: dict[tuple[str, str], list[StoredFragment]] = {}
     for rank in range(manifest["world_size"]):
@@ -77,7 +75,13 @@ def verify(folder: Path) -> Verified:
     for (part, role), entries in stored.items():
         line = boxes.untiled(entries)
         problems += [f"{role} of {part}: {line}"] if line else []
-    return Verified(len(stated) + 1, size, problems)
+    return Verified(*size(folder, manifest), problems)
+
+
+def size(folder: Path, manifest: Mapping[str, Any]) -> tuple[int, int]:
+    """How many files a checkpoint has, and their bytes, checkpoint.json among them. Raises UnreadableError."""
+    own = sealed.size(folder / MANIFEST) or 0
+    return len(manifest["files"]) + 1, sum(entry["bytes"] for entry in manifest["files"].values()) + own
 
 
 def _verify_file(path: Path, index: dict[str, Any], entries: list[StoredFragment]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megalm.checkpoint import CheckpointError, Saver, find
+from megalm.checkpoint import CheckpointError, Saver, find, memory
 from megalm.checkpoint.jobs import Answer
 from megalm.checkpoint.snapshot import Snapshot
 from megalm.checkpoint.uploads import BUSY
@@ -127,6 +127,32 @@ def test_after_failures_the_run_goes_on_with_another_writer_until_they_are_too_m
     end = "signal 9 (SIGKILL). Earlier checkpoints are as they were; 1 failed in a row, 2 end the run"
     assert all(line.endswith(end) for line in lines)
     assert find(tmp_path).name == "step_00000004" and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_writer_that_memory_was_short_for_gets_no_successor_and_the_rank_writes_itself(tmp_path, monkeypatch):
+    """What the kernel kills for its memory would be killed again. The wait for it isn't called one that came to a good end."""
+    ranks, lines, free = engines(SMALL, draw(SMALL), tp=2), [], [1 << 40]
+    monkeypatch.setattr(memory, "available_bytes", lambda: free[0])
+
+    def job(groups):
+        with background(tmp_path, ranks, groups, max_failures=9) as saver:
+            saver._report = lines.append if groups.rank == 0 else lambda line: None
+            size = saver._writer.size
+            if groups.rank == 1:
+                os.kill(saver.writer_pid, signal.SIGKILL)
+                free[0] = 2 * size - 1
+            saver.save(1, 8)
+            saver.save(2, 16)
+            assert (saver.writer_pid is None) == (groups.rank == 1)
+            saver.finish()
+            assert saver.saved == 2
+            return size
+
+    size = succeed(Crew(2).run(job))[1]
+    assert lines[0] == ("checkpoints are written while the training waits: copies of rank 1 on one machine need "
+                        f"{size:,} bytes, {2 * size - 1:,} are free")
+    assert "step_00000001 wasn't saved" in lines[1] and lines[2].endswith(" s for the checkpoint of step 1, which failed")
+    assert len(lines) == 3 and find(tmp_path).name == "step_00000002"
 
 
 def test_a_writer_killed_after_the_checkpoint_has_its_name_has_saved_it(tmp_path):

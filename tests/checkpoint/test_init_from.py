@@ -94,4 +94,4 @@ def test_all_differences_are_one_error_before_anything_runs(tmp_path):
 def test_a_folder_that_is_not_there(tmp_path):
     path = training.write_config(tmp_path, checkpoint={"init_from": "hf:nowhere/at/all"})
     ((code, said),) = training.start(1, path)
-    assert (code, said) == (2, "megalm: nowhere/at/all: no such folder\n"), json.dumps(said)
+    assert (code, said) == (2, "error: nowhere/at/all: no such folder\n"), json.dumps(said)

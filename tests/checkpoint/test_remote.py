@@ -187,7 +187,7 @@ def test_what_is_complete_of_a_fetch_is_kept(url, tmp_path, impatient):
     before, told = set(broken.asked) - {"rank_00001.safetensors"}, []
     broken.asked.clear()
     assert fetch(broken, root, print, tell=told.append) is not None and before and before.isdisjoint(broken.asked)
-    assert told[0].endswith(f"in {len(broken.asked)} files; {len(before)} are here already")
+    assert told[0].endswith(f"in {len(broken.asked) + len(before) + 1} files, of which {len(before)} are here already")
 
 
 def test_a_line_that_is_down_for_a_moment_costs_a_moment(url, tmp_path, impatient):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -35,9 +36,9 @@ def test_the_mean_of_every_element(weights, tmp_path):
         assert tensor.dtype == torch.float32 and torch.equal(tensor, expected.float()), part
 
 
-def test_of_one_checkpoint_twice_it_is_the_checkpoint_and_everything_takes_it(tmp_path):
+def test_of_one_checkpoint_it_is_the_checkpoint_and_everything_takes_it(tmp_path):
     (folder,) = runs(tmp_path, 1, LLAMA)
-    assert main([folder, folder, "--output", str(tmp_path / "mean")]) == 0
+    assert main([folder, "--output", str(tmp_path / "mean")]) == 0
     before, after = read_weights(folder), read_weights(tmp_path / "mean")
     assert all(torch.equal(before[part], after[part]) for part in before)
     ids = list(b"def")
@@ -61,6 +62,16 @@ def test_weights_that_mean_nothing(options, message, tmp_path, capsys):
     assert main([*folders, "--output", str(tmp_path / "mean"), *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "mean").exists()
+
+
+def test_the_same_checkpoint_twice_is_a_mistake_whatever_it_is_called(tmp_path, capsys):
+    (folder,) = runs(tmp_path, 1)
+    shutil.copytree(folder, tmp_path / "copy")
+    for other in (str(tmp_path / "run0"), str(tmp_path / "copy")):
+        assert main([folder, other, "--output", str(tmp_path / "mean")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {folder} and {other} are the same checkpoint; ") and error.count("\n") == 1
+        assert not (tmp_path / "mean").exists()
 
 
 def test_different_models_are_refused(tmp_path, capsys):
