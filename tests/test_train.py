@@ -59,13 +59,17 @@ def test_resume_is_bitwise_equal(layout, tmp_path):
 
 
 def test_resume_under_another_layout(tmp_path):
-    """Weights and optimizer state move; fp32 losses agree with the run that never moved to rounding."""
-    path = training.write_config(tmp_path)
+    """A run that changes its layout three times, and how many micro-batches a step has: with dropout, weights and optimizer state
+    move, and fp32 losses are those of the run that never moved, to rounding."""
+    path = training.write_config(tmp_path, batch={"micro": 2, "global": 12})
     training.start(1, path)
     moved = f"train.dir={json.dumps(str(tmp_path / 'moved'))}"
-    training.start(4, path, moved, "train.stop_at=2", "parallel.tp=2", "parallel.dp=2", "parallel.sequence_parallel=true")
-    training.start(4, path, moved, "train.stop_at=4", "parallel.tp=2", "parallel.pp=2")
-    training.start(2, path, moved, "parallel.dp=2", "parallel.zero_stage=3")
+    for world, *overrides in (
+            (4, "train.stop_at=1", "parallel.tp=2", "parallel.dp=2", "parallel.sequence_parallel=true"),  # 3 micro-batches
+            (1, "train.stop_at=3", "batch.micro=3", "parallel.zero_stage=0"),  # 4, of which 3 aren't a multiple
+            (4, "train.stop_at=4", "parallel.tp=2", "parallel.pp=2", "batch.micro=1"),
+            (2, "parallel.dp=2", "parallel.zero_stage=3", "model.vocab_multiple=512")):
+        assert training.start(world, path, moved, *overrides) == [(0, "")] * world
     expected, found = training.records(tmp_path / "run"), training.records(tmp_path / "moved")
     assert [record["step"] for record in found] == [1, 2, 3, 4, 5, 6]
     for one, two in zip(expected, found, strict=True):

@@ -28,7 +28,7 @@ from megalm.parallel.random import StepContext
 from megalm.parallel.sharding import Part, declared
 from megalm.plan import Plan
 
-COUNTERS = ("skipped_steps", "global_steps", "global_samples", "micro_steps")
+COUNTERS = ("skipped_steps", "global_steps", "global_samples")
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -157,6 +157,8 @@ class Engine:
         state.refresh(engine, self.optimizer, counters["optimizer_step"])
         for name in COUNTERS:
             setattr(engine, name, counters[name])
+        # By its remainder DeepSpeed knows where a step ends. It is this layout's: the saved run may have had other micro-batches.
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         if self.ema is not None:
             self.ema.restart(counters.get("ema_steps", 0))
         if self._scaler is not None and "loss_scaler" in counters:
