@@ -3,7 +3,7 @@
     megalm checkpoint inspect DIR [--json]     # a run's folder (its newest whole checkpoint) or one checkpoint
     megalm checkpoint verify DIR [--all]       # every byte against its hash; --all: every checkpoint of a run
     megalm checkpoint average DIR DIR ... --output DIR [--weights W W ...]
-    megalm checkpoint diff DIR DIR             # settings, and each tensor that differs with its largest difference
+    megalm checkpoint diff DIR DIR             # counters, settings, layout, versions; each tensor that differs
 
 Exit code: 0; 1 where something is damaged, or two differ; 2 for a mistake.
 """
@@ -119,21 +119,35 @@ def _folders(arguments: argparse.Namespace) -> list[Path]:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from megalm.checkpoint.diff import Tensors, setting_differences
+    from megalm.checkpoint.diff import About, Tensors, differences
 
-    one, other = (find(folder, _report) for folder in arguments.folders)
-    settings = setting_differences(one, other)
-    for difference in settings:
-        print(f"{difference.path}: {difference.stored!r} and {difference.current!r}")
-    tensors, count = Tensors(one, other), 0
-    only = [(folder, held) for folder, held in zip(arguments.folders, tensors.only(), strict=True) if held]
-    for folder, held in only:
-        print(f"only in {folder}: {', '.join(held)}")
-    for count, found in enumerate(tensors.differences(), 1):  # noqa: B007
+    folders = [find(folder, _report) for folder in arguments.folders]
+    about = [About.read(folder) for folder in folders]
+    for name, side in zip(arguments.folders, about, strict=True):
+        if side.missing:
+            print(f"{name}: {side.missing}")
+    counts: dict[str, int] = {}
+    for kind, found in differences(*about).items():
+        counts[kind] = len(found)
+        for difference in found:
+            print(f"{difference.path}: {difference.stored!r} and {difference.current!r}")
+    tensors = Tensors(*folders)
+    only = [(name, held) for name, held in zip(arguments.folders, tensors.only(), strict=True) if held]
+    for name, held in only:
+        print(f"only in {name}: {', '.join(held)}")
+    for found in tensors.differences():
         largest = "" if found.largest is None else f", largest difference {found.largest:.3g}"
         print(f"{found.role} of {found.part}: {found.what}{largest}")
-    print(f"{len(settings)} settings and {count} tensors differ")
-    return FOUND if settings or only or count else 0
+        counts[found.kind] = counts.get(found.kind, 0) + 1
+    differ = ", ".join(_counted(number, kind) for kind, number in counts.items() if number)
+    print(f"different: {differ}" if differ else f"nothing {'else ' if only else ''}differs")
+    return FOUND if differ or only else 0
+
+
+def _counted(number: int, kind: str) -> str:
+    """`2 facts of the layout`."""
+    first, space, rest = kind.partition(" of ")
+    return counted(number, first) + space + rest
 
 
 if __name__ == "__main__":

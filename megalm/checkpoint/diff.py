@@ -1,4 +1,4 @@
-"""How two checkpoints differ: settings, counters, and every tensor's largest difference."""
+"""How two checkpoints differ: counters, settings, layout, versions, and every tensor's largest difference."""
 
 from __future__ import annotations
 
@@ -16,35 +16,67 @@ from megalm.checkpoint.load import Stored, fill
 from megalm.checkpoint.pieces import PADDED_PARTS
 from megalm.checkpoint.resume import MISSING, Difference, flatten
 
-ABOUT = ("step", "consumed_samples", "eval_loss", "counters", "layout", "versions")
-"""What of checkpoint.json is compared."""
+COUNTER, SETTING, LAYOUT, VERSION = "counter", "setting", "fact of the layout", "version"
+ABOUT = {"step": COUNTER, "consumed_samples": COUNTER, "eval_loss": COUNTER, "counters": COUNTER, "config": SETTING,
+         "layout": LAYOUT, "plan": LAYOUT, "versions": VERSION}
+"""What is compared besides tensors, and what it is called: keys of checkpoint.json, and the documents beside it."""
+DOCUMENTS = ("config", "plan")
+OF_WEIGHTS = ("config.model", "config.tokenizer", "config.precision", "plan.vocab_size")
+"""All that checkpoints have to say which weights alone were written to: the rest of their config is made up."""
 ROLE_NAMES = {"master": "master weights", "weight": "weights", "exp_avg": "moments", "exp_avg_sq": "moments",
               "momentum": "moments", "ema": "moving average"}
+KINDS = {"master": "weight", "weight": "weight", "ema": "moving average"}
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """`what` differs between two checkpoints' tensors of one part and role; `largest`: absolute, where both have it."""
+    """`what` differs between two checkpoints' tensors of one part and role; `largest`: absolute, where both have it. `kind`:
+    "weight", "moment" or "moving average"."""
 
     part: str
     role: str
+    kind: str
     what: str
     largest: float | None = None
 
 
-def setting_differences(one: Path, other: Path) -> list[Difference]:
-    """Leaves of checkpoint.json, config.json (as config....) and plan.json (as plan....) that differ. Raises CheckpointError."""
-    sides = [_settings(folder) for folder in (one, other)]
-    keys = dict.fromkeys([*sides[0], *sides[1]])
-    pairs = [Difference(key, sides[0].get(key, MISSING), sides[1].get(key, MISSING)) for key in keys]
-    return [pair for pair in pairs if pair.stored != pair.current]
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint says besides its tensors: {path: leaf}, such as config.train.seed, and what is missing, in one line."""
+
+    facts: dict[str, Any]
+    weights_alone: bool
+    missing: str | None
+
+    @classmethod
+    def read(cls, folder: Path) -> About:
+        """Raises CheckpointError."""
+        manifest = read_manifest(folder)
+        alone = not manifest["step"] and not manifest["counters"]
+        there = [name for name in DOCUMENTS if f"{name}.json" in manifest["files"]]
+        found = {name: manifest[name] for name in ABOUT if name in manifest and not (name == "counters" and alone)}
+        facts = flatten(found | {name: read_json(folder / f"{name}.json") for name in there})
+        repeated = [f"plan.{name}" for name in manifest.get("layout", {})]
+        lacks = [f"has no {name}.json" for name in DOCUMENTS if name not in there]
+        lacks += ["weights alone, of no run: of its config, only what model they are counts"] if alone else []
+        return cls({path: leaf for path, leaf in facts.items() if path not in repeated}, alone, "; ".join(lacks) or None)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder)
-    found = {name: manifest[name] for name in ABOUT if name in manifest}
-    found |= {name: read_json(folder / f"{name}.json") for name in ("config", "plan")}
-    return flatten(found)
+def differences(one: About, other: About) -> dict[str, list[Difference]]:
+    """What differs of what both say, by the names in ABOUT."""
+    sides, alone = (one.facts, other.facts), one.weights_alone or other.weights_alone
+    found: dict[str, list[Difference]] = {kind: [] for kind in dict.fromkeys(ABOUT.values())}
+    told = [{path.split(".")[0] for path in side} for side in sides]
+    for path in dict.fromkeys([*sides[0], *sides[1]]):
+        pair = Difference(path, *(side.get(path, MISSING) for side in sides))
+        name = path.split(".")[0]
+        said_by_both = name in told[0] and name in told[1] or name not in DOCUMENTS
+        if pair.stored != pair.current and said_by_both and (not alone or path.startswith(OF_WEIGHTS)):
+            found[ABOUT[name]].append(pair)
+    if "plan.vocab_size" in one.facts and one.facts["plan.vocab_size"] == other.facts.get("plan.vocab_size"):
+        # A size that one side states and the other takes from its tokenizer is the same size.
+        found[SETTING] = [pair for pair in found[SETTING] if pair.path != "config.model.vocab_size"]
+    return found
 
 
 class Tensors:
@@ -77,18 +109,18 @@ class Tensors:
                 yield from self._compare(part, roles)
 
     def _compare(self, part: str, roles: tuple[str, str]) -> Iterator[TensorDifference]:
-        name = roles[0] if roles[0] == roles[1] else " and ".join(roles)
+        name, kind = (roles[0] if roles[0] == roles[1] else " and ".join(roles)), KINDS.get(roles[0], "moment")
         entries = [stored.fragments.get((part, role)) for stored, role in zip(self._stored, roles, strict=True)]
         if not all(entries):
             if any(entries):
-                yield TensorDifference(part, name, f"only in the {'second' if entries[0] is None else 'first'}")
+                yield TensorDifference(part, name, kind, f"only in the {'second' if entries[0] is None else 'first'}")
             return
         shapes = [list(held[0].full_shape) for held in entries]
         rows = min(shape[0] for shape in shapes)
         padded = part in PADDED_PARTS and shapes[0][1:] == shapes[1][1:] and shapes[0] != shapes[1]
         dtypes = [held[0].dtype for held in entries]
         if (shapes[0] != shapes[1] and not padded) or (dtypes[0] != dtypes[1] and roles[0] == roles[1]):
-            yield TensorDifference(part, name, f"{dtypes[0]} {shapes[0]} and {dtypes[1]} {shapes[1]}")
+            yield TensorDifference(part, name, kind, f"{dtypes[0]} {shapes[0]} and {dtypes[1]} {shapes[1]}")
             return
         first, second = (_rows(stored, part, role, rows) for stored, role in zip(self._stored, roles, strict=True))
         narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
@@ -97,9 +129,9 @@ class Tensors:
         if not torch.equal(first.view(torch.uint8), second.view(torch.uint8)):
             largest = (first.double() - second.double()).abs().max().item()
             differing = int((first != second).sum())
-            yield TensorDifference(part, name, f"{differing:,} of {first.numel():,} elements{more}", largest)
+            yield TensorDifference(part, name, kind, f"{differing:,} of {first.numel():,} elements{more}", largest)
         elif more:
-            yield TensorDifference(part, name, f"the same{more}")
+            yield TensorDifference(part, name, kind, f"the same{more}")
 
 
 def _rows(stored: Stored, part: str, role: str, rows: int) -> torch.Tensor:

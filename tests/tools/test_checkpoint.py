@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from megalm.checkpoint import find
 from megalm.tools.checkpoint import main
 from tests.checkpoint.fakes import SMALL, draw, engines, plant, save_all
 from tests.checkpoint.test_layouts import succeed
@@ -59,17 +60,29 @@ def test_verify_finds_a_header_that_says_something_else(run, capsys):
     assert "header and index don't say the same" in capsys.readouterr().out
 
 
-def test_diff_names_settings_and_tensors(run, capsys):
+def test_diff_tells_counters_settings_layout_weights_and_moments_apart(run, capsys):
     one, other = (str(run / f"checkpoints/step_0000000{step}") for step in (1, 2))
     assert main(["diff", one, one]) == 0
-    assert capsys.readouterr().out == "0 settings and 0 tensors differ\n"
+    assert capsys.readouterr().out == "nothing differs\n"
     plant(run / "checkpoints/step_00000002", "config.json", lambda config: config["train"].update(seed=9))
+    plant(run / "checkpoints/step_00000002", "plan.json", lambda plan: plan.update(tp=7, vocab_size=61))
     assert main(["diff", one, other]) == 1
     text = capsys.readouterr().out
-    assert "step: 1 and 2\n" in text and "config.train.seed: 1 and 9\n" in text
+    assert text.startswith("step: 1 and 2\nconsumed_samples: 8 and 16\nconfig.train.seed: 1 and 9\nplan.vocab_size: 60 and 61\n")
     largest = (draw(SMALL, seed=0)["head.weight", "master"] - draw(SMALL, seed=1)["head.weight", "master"]).abs().max().item()
     assert f"master of head.weight: 768 of 768 elements, largest difference {largest:.3g}\n" in text
-    assert text.endswith(f"and {3 * len(SMALL)} tensors differ\n")
+    number = len(SMALL)
+    assert text.endswith(f"different: 2 counters, 1 setting, 1 fact of the layout, {number} weights, {2 * number} moments\n")
+
+
+def test_diff_says_which_side_has_no_config(run, capsys):
+    """As another program's writer may leave it out."""
+    one, other = (run / f"checkpoints/step_0000000{step}" for step in (1, 2))
+    plant(other, "checkpoint.json", lambda manifest: [manifest["files"].pop(name) for name in ("config.json", "plan.json")])
+    assert main(["diff", str(one), str(other)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [f"{other}: has no config.json; has no plan.json", "step: 1 and 2", "consumed_samples: 8 and 16"]
+    assert not any(line.startswith(("config", "plan")) for line in lines)
 
 
 def test_diff_compares_what_both_have(tmp_path, capsys):
@@ -80,14 +93,16 @@ def test_diff_compares_what_both_have(tmp_path, capsys):
     succeed(save_all(run, 1, engines(SMALL, values, tp=2, dp=2)))
     weights = {(part, "weight"): values[part, "master"][: parts[part][0][0]].bfloat16() for part in SMALL}
     weights["final_norm.weight", "weight"][3] += 1
-    succeed(save_all(converted, 1, engines(parts, weights, roles=("weight",), dtype=torch.bfloat16)))
+    succeed(save_all(converted, 0, engines(parts, weights, roles=("weight",), dtype=torch.bfloat16)))
+    plant(find(converted), "config.json", lambda config: (config["train"].update(seed=9), config["model"].update(hidden_size=13)))
     assert main(["diff", str(run), str(converted)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "only in" in line] == [f"only in {run}: moments"]
     assert [line for line in lines if line.startswith("master and weight of")] == [
         "master and weight of embedding.word.weight: the same, and 64 and 60 rows with the padding",
         "master and weight of final_norm.weight: 1 of 12 elements, largest difference 1"]
-    assert lines[-1].endswith("and 2 tensors differ")
+    assert lines[0] == f"{converted}: weights alone, of no run: of its config, only what model they are counts"
+    assert lines[1] == "config.model.hidden_size: 12 and 13" and lines[-1] == "different: 1 setting, 2 weights"
     assert main(["diff", str(converted), str(run)]) == 1
     assert f"only in {run}: moments" in capsys.readouterr().out
 
