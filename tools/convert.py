@@ -21,6 +21,7 @@ from megalm.checkpoint.format import TOKENIZER, read_json
 from megalm.checkpoint.huggingface import differences, family_of, open_huggingface
 from megalm.checkpoint.huggingface.families import config_json, model_of
 from megalm.checkpoint.huggingface.read import CONFIG, read_config, run_config
+from megalm.checkpoint.huggingface.tokenizer import tokenizer_config, tokenizer_doubt
 from megalm.checkpoint.huggingface.write import write_huggingface
 from megalm.checkpoint.stream import Reader, write_weights
 from megalm.config import load
@@ -128,11 +129,13 @@ def _tokenizer_of(files: Mapping[str, Path]) -> dict[str, Any]:
     if len(models) > 1 and usual not in models:
         raise CheckpointError(f"{files[models[0]].parent}: which of {', '.join(models)} is the tokenizer? Name it {usual}")
     section = {"type": "sentencepiece", "path": str(files[usual if usual in models else models[0]]), "eod": _end_of_text(files)}
+    own = load_tokenizer(argparse.Namespace(**section | {"eod": None})).eod
     try:
-        load_tokenizer(argparse.Namespace(**section))
-    except DataError:  # no piece of the model, which names an end of its own
-        section["eod"] = None
-    return section
+        if load_tokenizer(argparse.Namespace(**section)).eod != own:
+            return section
+    except DataError:  # no piece of the model
+        pass
+    return section | {"eod": None}  # the model names an end of its own
 
 
 def _end_of_text(files: Mapping[str, Path], tokenizer: Path | None = None) -> str | None:
@@ -175,16 +178,20 @@ def _to_huggingface(folder: Path, opened: Opened, dtype: torch.dtype | None, arg
     files = {name: path for name, path in origin.items() if name != CONFIG}
     if not config:
         config = config_json(family, opened.model, opened.model.vocab_size) | _end_of_document(opened.tokenizer)
-    section, theirs = opened.tokenizer, _tokenizer_of(files)
+    section, theirs, documents, doubt = opened.tokenizer, _tokenizer_of(files), {}, None
     if section["path"] and theirs["path"] is None:
         files[TOKENIZER_FILES[section["type"]]] = Path(section["path"])
+        tokenizer = load_tokenizer(argparse.Namespace(**section))
+        documents[SETTINGS] = tokenizer_config(tokenizer, opened.model.seq_length)
+        doubt = tokenizer_doubt(tokenizer, family)
+        files.pop(SETTINGS, None)
     named = {key: NAMES.get(dtype or next(iter(stored)), "fp32") for key in ("dtype", "torch_dtype")}
     words = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     config = {key: value for key, value in config.items() if key not in named} | {"torch_dtype": words[named["dtype"]]}
-    write_huggingface(folder, family, opened.model, opened.weights, config, files, dtype=dtype)
+    write_huggingface(folder, family, opened.model, opened.weights, config, files, documents=documents, dtype=dtype)
     written = {str(path): name for name, path in files.items()}.get(_tokenizer_of(files)["path"])
     told = _told({"path": written}, opened.model.vocab_size)
-    print(f"{folder}: {config['architectures'][0]}, {words[named['dtype']]}; {told}")
+    print(f"{folder}: {config['architectures'][0]}, {words[named['dtype']]}; {told}{f'; {doubt}' if doubt else ''}")
 
 
 def _told(section: Mapping[str, Any], vocab_size: int) -> str:

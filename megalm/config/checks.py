@@ -125,9 +125,9 @@ def _tokenizer(config: Config) -> Iterator[Problem]:
                       f'tokenizer.path: "{tokenizer.path}" given, but type "bytes" has no file')
     if tokenizer.type != "bytes" and tokenizer.path is None:
         yield Problem(("tokenizer.path", "tokenizer.type"), f'tokenizer.path: missing, type "{tokenizer.type}" needs it')
-    if tokenizer.eod is not None and tokenizer.type != "huggingface":
+    if tokenizer.eod is not None and tokenizer.type == "bytes":
         yield Problem(("tokenizer.eod", "tokenizer.type"),
-                      f'tokenizer.eod: "{tokenizer.eod}" given, but type "{tokenizer.type}" has its own; it is for "huggingface"')
+                      f'tokenizer.eod: "{tokenizer.eod}" given, but type "bytes" has its own, 256')
 
 
 def _evaluation(config: Config) -> Iterator[Problem]:

@@ -217,7 +217,7 @@ class Tokenizer(Section):
     path: Text | None = None
     """The sentencepiece model or tokenizer.json; bytes has none."""
     eod: Text | None = None
-    """The token that ends a document, by its text; only for a tokenizer.json."""
+    """The token that ends a document, by its text: of a tokenizer.json, or in place of a sentencepiece model's own."""
 
 
 class Source(Section):

@@ -1,21 +1,27 @@
 """`megalm convert`: both ways through the command, what generate and transformers make of the result, and its memory."""
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file
 
 from megalm.checkpoint import find, read_weights
-from megalm.data.tokenizer import TokenizerSource, load_tokenizer
-from megalm.tools.convert import main
+from megalm.checkpoint.huggingface.tokenizer import tokenizer_config, tokenizer_doubt
+from megalm.data.tokenizer import BytesTokenizer, TokenizerSource, load_tokenizer
+from megalm.tools.convert import _tokenizer_of, main
 from megalm.tools.generate import load_model
+from megalm.tools.train_tokenizer import main as train_tokenizer
+from tests import training
 from tests.checkpoint.test_huggingface import change_config, equal, tensors
-from tests.data.models import make_sentencepiece
+from tests.data.models import LINES, make_sentencepiece
 from tests.model.transformers_weights import VOCAB, build, save
 from tests.tools.test_generate import CPU, GPT2, LLAMA, checkpoint
 
@@ -71,6 +77,7 @@ def test_the_tokenizer_of_a_run_goes_there_and_back(kind, theirs, tmp_path, caps
     assert f"the tokenizer is {theirs}" in capsys.readouterr().out
     assert (tmp_path / "hf" / theirs).read_bytes() == Path(source.path).read_bytes()
     if kind == "sentencepiece":
+        assert own.eod == 2 and json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
         (tmp_path / "hf" / theirs).rename(tmp_path / "hf" / "spm.model")
     assert main(["--from", f"hf:{tmp_path / 'hf'}", "--to", str(tmp_path / "back")]) == 0
     assert "the tokenizer is bytes" not in capsys.readouterr().out
@@ -78,6 +85,60 @@ def test_the_tokenizer_of_a_run_goes_there_and_back(kind, theirs, tmp_path, caps
     assert (found.type, found.vocab_size, found.eod, found.encode(text)) == (kind, own.vocab_size, own.eod, own.encode(text))
     assert main(["--from", str(tmp_path / "back"), "--to", f"hf:{tmp_path / 'again'}"]) == 0
     assert any(path.read_bytes() == Path(source.path).read_bytes() for path in (tmp_path / "again").glob("*.[mj]*"))
+
+
+WORDS = ["def add(a, b):  # of  two\n    return a+b\n", " leading", "\t\n\n  x", "h\xe9llo w\xf6rld 12345", "I'm don't WE'LL"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "byte-bpe"])
+def test_transformers_cuts_text_as_the_run_did(kind, tmp_path, capsys):
+    """In a model of a family whose own tokenizers would cut it otherwise: transformers takes the class that the folder names."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "text.txt").write_text("\n".join(Path(file).read_text() for file in (__file__, training.__file__)))
+    file = tmp_path / ("t.json" if kind == "byte-bpe" else "t.model")
+    assert train_tokenizer(["--input", str(tmp_path / "text.txt"), "--vocab-size", "500", "--type", kind,
+                            "--output", str(file)]) == 0
+    named = ("huggingface", str(file), "<|endoftext|>") if kind == "byte-bpe" else ("sentencepiece", str(file))
+    source = TokenizerSource(*named)
+    own, section = load_tokenizer(source), {"type": source.type, "path": source.path, "eod": source.eod}
+    folder, _ = checkpoint(tmp_path / "run", GPT2, tokenizer=section)
+    capsys.readouterr()
+    assert main(["--from", str(folder), "--to", f"hf:{tmp_path / 'hf'}"]) == 0
+    assert "AutoTokenizer" not in capsys.readouterr().out
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in WORDS:
+        assert theirs(text)["input_ids"] == own.encode(text), text
+        assert theirs.decode(own.encode(text)) == text
+    assert (theirs.eos_token_id, theirs.model_max_length) == (own.eod, 24)
+
+
+def test_where_transformers_may_cut_otherwise_it_is_said(tmp_path):
+    """A model that changes text first, and Qwen2, whose class in transformers takes no model of sentencepiece."""
+    plain = load_tokenizer(TokenizerSource("sentencepiece", str(make_sentencepiece(tmp_path / "plain.model"))))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=model, vocab_size=320, minloglevel=2,
+                                             model_type="bpe", byte_fallback=True)
+    (tmp_path / "nfkc.model").write_bytes(model.getvalue())
+    changes = load_tokenizer(TokenizerSource("sentencepiece", str(tmp_path / "nfkc.model")))
+    assert tokenizer_doubt(plain, "llama") is None and "compare ids" in tokenizer_doubt(changes, "llama")
+    assert "LlamaTokenizer.from_pretrained can" in tokenizer_doubt(plain, "qwen2")
+    assert tokenizer_config(changes, 8)["add_prefix_space"] and not tokenizer_config(plain, 8)["add_prefix_space"]
+    assert tokenizer_config(BytesTokenizer(), 8) is None
+
+
+def test_another_end_than_a_sentencepiece_model_s_own(tmp_path):
+    """As models that were taught to chat have it."""
+    save(build("llama"), tmp_path / "hf")
+    change_config(tmp_path / "hf", vocab_size=VOCAB)
+    make_sentencepiece(tmp_path / "hf" / "tokenizer.model")
+    for named, kept, number in (("e", "e", None), ("</s>", None, 2), ("<|im_end|>", None, 2)):
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+        section = _tokenizer_of({path.name: path for path in (tmp_path / "hf").iterdir()})
+        assert section["eod"] == kept and (number is None or load_tokenizer(argparse.Namespace(**section)).eod == number)
+        main(["--from", f"hf:{tmp_path / 'hf'}", "--to", str(tmp_path / f"ours{named[1:3]}")])
+        config = json.loads((tmp_path / f"ours{named[1:3]}" / "config.json").read_text())
+        assert config["tokenizer"]["eod"] == kept
 
 
 def test_several_models_and_none(tmp_path, capsys):

@@ -21,9 +21,10 @@ FILE = "model.safetensors"
 
 
 def write_huggingface(folder: Path, family: str, model: Model, weights: Reader, config: Mapping[str, Any],
-                      files: Mapping[str, Path] | None = None, *, dtype: torch.dtype | None = None, file_bytes: int = FILE_BYTES,
-                      disk: Disk | None = None) -> None:
-    """Write config.json, the weights in files of about `file_bytes` and an index of them, and copies of `files`, {name: file}.
+                      files: Mapping[str, Path] | None = None, *, documents: Mapping[str, Mapping[str, Any]] | None = None,
+                      dtype: torch.dtype | None = None, file_bytes: int = FILE_BYTES, disk: Disk | None = None) -> None:
+    """Write config.json, the weights in files of about `file_bytes` and an index of them, copies of `files`, {name: file}, and
+    `documents`, {name: JSON}.
 
     `model` has the vocabulary's true size: rows of its padding are left out. `dtype`: of all tensors; default: each one's own.
     Raises CheckpointError or OSError; then nothing is left.
@@ -42,7 +43,8 @@ def write_huggingface(folder: Path, family: str, model: Model, weights: Reader, 
             disk.write(temporary / f"{FILE}.index.json", [_json(index)])
         for name, source in (files or {}).items():
             disk.write(temporary / name, [source.read_bytes()])
-        disk.write(temporary / CONFIG, [_json(config)])
+        for name, document in {**(documents or {}), CONFIG: config}.items():
+            disk.write(temporary / name, [_json(document)])
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
