@@ -27,6 +27,7 @@ LAYOUTS = {
     "dp2-zero2": (2, ["parallel.dp=2", "parallel.zero_stage=2"]),
     "dp2-zero3-wide": (2, ["parallel.dp=2", "parallel.zero_stage=3", "model.vocab_multiple=512"]),  # 384 rows become 512
 }
+ROLES = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 def reader():
@@ -53,22 +54,24 @@ def _move(rank: int, world: int, path: str, overrides: list[str], sources: dict[
     groups.leave()
 
 
-@pytest.mark.parametrize("tied, names", [(True, list(LAYOUTS)), (False, ["one", "tp2-pp2", "dp2-zero3-wide"])], ids=str)
-def test_every_pair_of_layouts_moves_bitwise(tied, names, tmp_path):
-    """Masters and both moments, after two steps: 30 pairs of a tied model, 6 of an untied one."""
-    path = training.write_config(tmp_path, model={**training.config(tmp_path)["model"], "tie_embeddings": tied})
+@pytest.mark.parametrize("tied, dtype, names", [
+    (True, "fp32", list(LAYOUTS)), (False, "bf16", ["tp4", "tp2-pp2", "dp2-zero3-wide"])], ids=str)
+def test_every_pair_of_layouts_moves_bitwise(tied, dtype, names, tmp_path):
+    """Masters, both moments and the moving average, after two steps: 30 pairs of a tied model, 6 of an untied one in bf16."""
+    model = {**training.config(tmp_path)["model"], "tie_embeddings": tied}
+    path = training.write_config(tmp_path, model=model, optimizer={"ema_decay": 0.5})
     read, saved = reader(), {}
     for name in names:
         world, overrides = LAYOUTS[name]
-        overrides = [*overrides, f"train.dir={tmp_path / 'runs' / name}", "train.stop_at=2"]
+        overrides = [*overrides, f"precision.dtype={dtype}", f"train.dir={tmp_path / 'runs' / name}", "train.stop_at=2"]
         assert training.start(world, path, *overrides) == [(0, "")] * world
         saved[name] = checkpoint.find(tmp_path / "runs" / name)
-    full = {(name, role): read(folder, role) for name, folder in saved.items() for role in ("master", "exp_avg", "exp_avg_sq")}
+    full = {(name, role): read(folder, role) for name, folder in saved.items() for role in ROLES}
     for name in names:
         world, overrides = LAYOUTS[name]
         others = {other: folder for other, folder in saved.items() if other != name}
-        dist.run(_move, world, str(path), overrides, others, tmp_path / "moved" / name)
-        for other, role in ((other, role) for other in others for role in ("master", "exp_avg", "exp_avg_sq")):
+        dist.run(_move, world, str(path), [*overrides, f"precision.dtype={dtype}"], others, tmp_path / "moved" / name)
+        for other, role in ((other, role) for other in others for role in ROLES):
             moved, expected = read(checkpoint.find(tmp_path / "moved" / name / other), role), full[other, role]
             assert moved.keys() == expected.keys() and len(moved) > 15
             for part in moved:
