@@ -19,7 +19,7 @@ from megalm.checkpoint import blocks, boxes
 from megalm.checkpoint.find import find, read_manifest
 from megalm.checkpoint.format import ITEM_BYTES, MANIFEST, StoredFragment, index_file, parse_index
 from megalm.checkpoint.fragment import DTYPES, MOMENT_ROLES, WEIGHT_ROLES, Fragment
-from megalm.checkpoint.pieces import Piece, copy, wanted
+from megalm.checkpoint.pieces import Parts, Piece, copy, wanted
 from megalm.checkpoint.save import Engine, Ranks
 from megalm.checkpoint.sealed import CheckpointError, DamagedError
 
@@ -224,44 +224,25 @@ def _near(entries: Iterable[StoredFragment], target: Fragment) -> Iterator[Store
         yield entry
 
 
-class Weights(Mapping[str, Tensor]):
-    """Part name -> the whole tensor, on the CPU, assembled when it is asked for and not kept."""
+class Weights(Parts):
+    """The weights of a checkpoint, or their moving average."""
 
     def __init__(self, stored: Stored, ema: bool = False) -> None:
-        self._stored, self._role = stored, "ema" if ema else WEIGHT_ROLES[0]
         if ema and "ema" not in stored.roles:
             raise CheckpointError(f"{stored.folder} has no moving average: optimizer.ema_decay wasn't set")
         roles = ("ema",) if ema else WEIGHT_ROLES
         weights = [entries[0] for (_, role), entries in stored.fragments.items() if role in roles]
-        self._shapes = {entry.part: entry.full_shape for entry in weights}
-
-    def shape(self, part: str) -> tuple[int, ...]:
-        """The full shape, without reading the tensor."""
-        return self._shapes[part]
+        super().__init__({entry.part: entry.full_shape for entry in weights}, roles[0])
+        self._stored = stored
 
     def dtype(self, part: str) -> torch.dtype:
-        """The dtype that it is stored in."""
         return DTYPES[self._stored.of(part, self._role)[0].dtype]
 
-    def rows(self, part: str, low: int, high: int) -> Tensor:
-        """Rows [low, high) along the first dim, in the stored dtype."""
-        shape = self._shapes[part]
-        rows = torch.empty((high - low, *shape[1:]), dtype=self.dtype(part))
-        fill(Fragment(part, self._role, shape, 0, low, high, 0, rows.view(-1), False), self._stored)
-        return rows
+    def fill(self, target: Fragment) -> None:
+        fill(target, self._stored)
 
     def release(self) -> None:
-        """Close the files until something is read again."""
         self._stored.release()
-
-    def __getitem__(self, part: str) -> Tensor:
-        return self.rows(part, 0, self._shapes[part][0])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 def read_weights(path: str | Path, ema: bool = False) -> Weights:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,3 +66,44 @@ def _box_view(target: Fragment, box: boxes.Box) -> Tensor:
     assert tensor.dim() == 1 and tensor.is_contiguous(), f"{target}: not a contiguous 1-D tensor"
     sizes, strides, first, _ = boxes.strides_in(target, box)
     return tensor.as_strided(sizes, strides, tensor.storage_offset() + first)
+
+
+class Parts(Mapping[str, Tensor]):
+    """Part name -> the whole tensor, on the CPU, assembled when it is asked for and not kept."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], role: str) -> None:
+        """`role`: that of the fragments that `fill` is asked for."""
+        self._shapes, self._role = dict(shapes), role
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        """The full shape, without reading the tensor."""
+        return self._shapes[part]
+
+    @abstractmethod
+    def dtype(self, part: str) -> torch.dtype:
+        """The dtype that it is stored in."""
+
+    @abstractmethod
+    def fill(self, target: Fragment) -> None:
+        """Copy the elements of a fragment of any layout. Raises CheckpointError when there is no such part, or one of another
+        shape."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Close the files until something is read again."""
+
+    def rows(self, part: str, low: int, high: int) -> Tensor:
+        """Rows [low, high) along the first dim, in the stored dtype."""
+        shape = self._shapes[part]
+        rows = torch.empty((high - low, *shape[1:]), dtype=self.dtype(part))
+        self.fill(Fragment(part, self._role, shape, 0, low, high, 0, rows.view(-1), False))
+        return rows
+
+    def __getitem__(self, part: str) -> Tensor:
+        return self.rows(part, 0, self._shapes[part][0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megalm.checkpoint import memory, snapshot
+from megalm.checkpoint import memory, snapshot, uploads
 from megalm.checkpoint.disk import Disk
 from megalm.checkpoint.find import Report, fault
 from megalm.checkpoint.format import CHECKPOINTS, FORMAT, MANIFEST, TEMPORARY_PREFIX, VERSION, rank_file, step_name
@@ -46,21 +46,12 @@ class Engine(Protocol):
     def refresh(self, counters: Mapping[str, Any]) -> None: ...
 
 
-class Ranks(Protocol):
+class Ranks(uploads.Ranks, Protocol):
     """What a checkpoint needs of the process groups."""
-
-    rank: int
-
-    @property
-    def world_size(self) -> int: ...
-
-    def agree(self, problem: str | None) -> list[tuple[int, str]]: ...
 
     def broadcast(self, value: Any) -> Any: ...
 
     def gather(self, value: Any) -> list[Any]: ...
-
-    def highest(self, *values: int) -> list[int]: ...
 
 
 def save(run_folder: str | Path, step: int, consumed_samples: int, engine: Engine, groups: Ranks, config: Any, plan: Any,
