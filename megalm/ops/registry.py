@@ -127,6 +127,9 @@ class Registry:
             if reason is None:
                 return backend, "; ".join([f"the fastest that serves on {features.device}", *passed])
             passed.append(f"not {backend.name}: {reason}")
+        tried = [backend.name for backend, _ in self.candidates(op, features)]
+        others = {name: backends[name].supports(features) for name in backends if name not in tried}  # not for this device
+        passed = [*(f"not {name}: {reason}" for name, reason in others.items() if reason), *passed]
         raise ValueError(f"kernels.{op}: no backend serves {' '.join(features.words())} ({'; '.join(passed)})")
 
 
