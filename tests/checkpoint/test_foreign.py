@@ -203,6 +203,23 @@ def test_another_model_is_refused(arguments, model, message, tmp_path):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind, model", [("megatron", LLAMA), ("neox", NEOX)])
+def test_an_output_layer_of_its_own_is_not_dropped_for_a_tied_model(kind, model, tmp_path):
+    """Whereas one that was written twice is the same."""
+    parts, tied = draw(model), model.model_copy(update={"tie_embeddings": True})
+
+    def write(folder):
+        megatron(folder, model, parts, 2, 2, CORE, {}) if kind == "megatron" else neox(folder, model, parts, 2)
+
+    write(tmp_path / "untied")
+    with pytest.raises(CheckpointError, match="model.tie_embeddings: true here, and the output layer there has its own weights"):
+        sources.open_for(f"{kind}:{tmp_path / 'untied'}", tied, 250)
+    parts["head.weight"] = parts["embedding.word.weight"]
+    write(tmp_path / "tied")
+    del parts["head.weight"]
+    check(sources.open_for(f"{kind}:{tmp_path / 'tied'}", tied, 250), parts)
+
+
 def test_what_is_not_there_or_not_supported(tmp_path):
     for opener, message in ((open_megatron, "no mp_rank_"), (open_neox, "no layer_")):
         with pytest.raises(CheckpointError, match=message):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalm.checkpoint.foreign.layout import Layout
 from megalm.checkpoint.foreign.pickles import PickleFiles
-from megalm.checkpoint.foreign.sharded import merge
+from megalm.checkpoint.foreign.sharded import check_tied, merge
 from megalm.checkpoint.foreign.weights import Foreign
 from megalm.checkpoint.format import CheckpointError
 from megalm.checkpoint.huggingface.read import part_shapes
@@ -53,13 +53,15 @@ def open_megatron(path: str | Path, model: Model) -> Foreign:
         for file in stage:
             content = files.load(file)
             _check(content, file, model)
-            for key, name in _names(content["model"], model).items():
+            for key, name in _names(content["model"]).items():
                 number = re.match(r"decoder\.layers\.(\d+)\.", name)
                 if number:
                     layers = max(layers, int(number[1]) + 1)
                     name = f"decoder.layers.{int(number[1]) + first_layer}.{name[number.end():]}"
                 views.setdefault(name, []).append(partial(_open, files, file, key))
         first_layer += layers
+    if model.tie_embeddings:
+        check_tied(str(folder), views.pop("output_layer.weight", []), views.get("embedding.word_embeddings.weight", []))
     return merge(str(folder), list(layouts(model)), part_shapes(model), views, tp, files.release)
 
 
@@ -142,15 +144,14 @@ def _check(content: Any, file: Path, model: Model) -> None:
         raise CheckpointError(f"{file}: " + "; ".join(problems))
 
 
-def _names(state: Mapping[str, Any], model: Model) -> dict[tuple[str, ...], str]:
+def _names(state: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
     """{keys that lead to a tensor: its name in the layouts} of what is a weight."""
     found = {}
     for keys, value in _leaves(state, ()):
         name = ".".join(keys)
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
-        tied = model.tie_embeddings and name == "output_layer.weight"
-        if isinstance(value, Tensor) and name and not tied and not name.endswith(("_extra_state", "inv_freq")):
+        if isinstance(value, Tensor) and name and not name.endswith(("_extra_state", "inv_freq")):
             found[keys] = name
     return found
 

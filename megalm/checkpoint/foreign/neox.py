@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalm.checkpoint.foreign.layout import Layout
 from megalm.checkpoint.foreign.pickles import PickleFiles
-from megalm.checkpoint.foreign.sharded import merge
+from megalm.checkpoint.foreign.sharded import check_tied, merge
 from megalm.checkpoint.foreign.weights import Foreign
 from megalm.checkpoint.format import CheckpointError
 from megalm.checkpoint.huggingface.read import part_shapes
@@ -40,7 +40,7 @@ def open_neox(path: str | Path, model: Model) -> Foreign:
             for name in content:
                 views.setdefault(prefix + name, []).append(partial(_open, files, file, name))
     if model.tie_embeddings:
-        views.pop("final_linear.weight", None)
+        check_tied(str(folder), views.pop("final_linear.weight", []), views.get("word_embeddings.weight", []))
     return merge(str(folder), list(layouts(model)), part_shapes(model), views, tp, files.release)
 
 

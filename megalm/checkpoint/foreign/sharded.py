@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from megalm.checkpoint.foreign.layout import Layout, Shapes
@@ -15,6 +16,7 @@ from megalm.checkpoint.pieces import PADDED_PARTS, Piece
 Views = Mapping[str, Sequence[Callable[[], Tensor]]]
 """Tensor name -> what opens it on each tp rank."""
 SHOWN = 5
+ROWS = 64
 
 
 def merge(source: str, layouts: Sequence[Layout], shapes: Shapes, views: Views, tp: int, release: Callable[[], None]) -> Foreign:
@@ -35,6 +37,15 @@ def merge(source: str, layouts: Sequence[Layout], shapes: Shapes, views: Views, 
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise CheckpointError(f"{source}: " + "; ".join(problems[:SHOWN]) + more)
     return Foreign(source, shapes, pieces, release)
+
+
+def check_tied(source: str, heads: Sequence[Callable[[], Tensor]], embeddings: Sequence[Callable[[], Tensor]]) -> None:
+    """The output layers beside the embeddings of each tp rank, if there are any, are the same weights: some programs write them
+    twice. A look at the first rows tells. Raises CheckpointError."""
+    for head, embedding in zip(heads, embeddings, strict=False):
+        if not torch.equal(head()[:ROWS], embedding()[:ROWS]):
+            raise CheckpointError(f"{source}: model.tie_embeddings: true here, and the output layer there has its own weights; "
+                                  "false is right")
 
 
 def _add(pieces: dict[str, list[Piece]], layout: Layout, shapes: Shapes, view: Callable[[], Tensor], rank: int,
