@@ -12,6 +12,7 @@ from megalm.checkpoint import CheckpointError, Fragment, read_weights
 from megalm.checkpoint.foreign import sources
 from megalm.checkpoint.foreign.megatron import open_megatron
 from megalm.checkpoint.foreign.neox import open_neox
+from megalm.checkpoint.foreign.pickles import load_pickle
 from megalm.checkpoint.huggingface import open_huggingface
 from megalm.checkpoint.huggingface.read import part_shapes
 from megalm.config.schema import Model
@@ -243,6 +244,12 @@ def test_what_is_not_there_or_not_supported(tmp_path):
     (tmp_path / "neox" / "global_step7" / "layer_03-model_00-model_states.pt").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="layer_0"):
         open_neox(tmp_path / "neox", NEOX)
+
+
+def test_a_file_of_an_old_torch_is_named_as_that(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"old.pt: no file of torch.save, or one of before torch 1.6.* make a new one of it"):
+        load_pickle(tmp_path / "old.pt")
 
 
 @pytest.mark.parametrize("kind", ["megatron", "neox"])

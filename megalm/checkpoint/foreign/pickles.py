@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def load_pickle(path: Path) -> Any:
     programs become Inert without being looked up; any other name is refused.
     """
     try:
+        if path.stat().st_size and not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path}: no file of torch.save, or one of before torch 1.6, which can't be mapped: "
+                                  "torch.load with weights_only=True and torch.save make a new one of it")
         named = get_unsafe_globals_in_checkpoint(path)
         refused = [name for name in named if not name.startswith(KNOWN)]
         if refused:
