@@ -248,7 +248,7 @@ def test_what_is_not_there_or_not_supported(tmp_path):
 
 def test_a_file_of_an_old_torch_is_named_as_that(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"old.pt: no file of torch.save, or one of before torch 1.6.* make a new one of it"):
+    with pytest.raises(CheckpointError, match=r"old.pt: no file of torch.save, or one of before torch 1.6.* make a new"):
         load_pickle(tmp_path / "old.pt")
 
 
