@@ -340,7 +340,7 @@ def test_ranks_with_different_configs_name_the_difference(overrides, words, tmp_
 def test_a_users_mistake_is_a_line_and_exit_2(world, overrides, words, tmp_path):
     path = training.write_config(tmp_path)
     for code, said in training.start(world, path, *overrides):
-        assert code == 2 and words in said and "Traceback" not in said, said
+        assert code == 2 and said.startswith("error: ") and words in said and "Traceback" not in said, said
 
 
 def test_ids_that_the_tokenizer_has_not_are_refused_though_the_model_has_room(tmp_path):

@@ -27,6 +27,13 @@ def test_inspect_shows_every_part_and_its_shape(run, capsys):
     assert "step_00000002" in text and "1.2500" in text and "2 ranks" in text
 
 
+def test_inspect_and_verify_count_the_same_bytes(run, capsys):
+    held = [path.stat().st_size for path in (run / "checkpoints/step_00000002").iterdir()]
+    for command in ("inspect", "verify"):
+        assert main([command, str(run)]) == 0
+        assert f" {sum(held):,} bytes in {len(held)} files\n" in capsys.readouterr().out, command
+
+
 def test_inspect_for_programs(run, capsys):
     assert main(["inspect", str(run / "checkpoints/step_00000001"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
