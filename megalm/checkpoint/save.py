@@ -32,6 +32,8 @@ LIBRARIES = ("megalm", "torch", "deepspeed", "safetensors", "numpy")
 LAYOUT = ("tp", "pp", "dp", "zero_stage", "sequence_parallel")
 WAIT_SECONDS = 1500.0
 """A job that takes longer has failed; the other ranks wait for this one 1800 s."""
+TOLD_SECONDS = 0.1
+"""A shorter wait is no news."""
 PART, WHOLE = "part", "whole"
 """What is being written: every rank's part, then by rank 0 what makes a checkpoint of them."""
 
@@ -163,8 +165,9 @@ class Saver:
         if self._phase is not None:
             before, start = self._step, time.monotonic()
             self._bear(self.finish)
-            what = f"for the checkpoint of step {before}" + (" to be on the disk" if self.saved == before else ", which failed")
-            self._report(f"waited {time.monotonic() - start:.1f} s {what}")
+            seconds, end = time.monotonic() - start, " to be on the disk" if self.saved == before else ", which failed"
+            if seconds >= TOLD_SECONDS:
+                self._report(f"waited {seconds:.1f} s for the checkpoint of step {before}{end}")
         self.copies.drop(step)
         self._step, self._phase, self._answer = step, PART, None
         self._before = self._seal()

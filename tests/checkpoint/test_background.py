@@ -5,6 +5,7 @@ import mmap
 import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,8 @@ def test_a_rank_that_owns_nothing_saves_too(tmp_path):
     succeed(Crew(2).run(job))
 
 
-def test_one_is_on_its_way_at_most_and_the_wait_is_told(tmp_path):
+def test_one_is_on_its_way_at_most_and_the_wait_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[Saver.__module__], "TOLD_SECONDS", 0.0)
     ranks, lines = engines(SMALL, draw(SMALL)), []
 
     def job(groups):
@@ -133,6 +135,7 @@ def test_a_writer_that_memory_was_short_for_gets_no_successor_and_the_rank_write
     """What the kernel kills for its memory would be killed again. The wait for it isn't called one that came to a good end."""
     ranks, lines, free = engines(SMALL, draw(SMALL), tp=2), [], [1 << 40]
     monkeypatch.setattr(memory, "available_bytes", lambda: free[0])
+    monkeypatch.setattr(sys.modules[Saver.__module__], "TOLD_SECONDS", 0.0)
 
     def job(groups):
         with background(tmp_path, ranks, groups, max_failures=9) as saver:
