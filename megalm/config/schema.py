@@ -317,8 +317,7 @@ class Checkpoint(Section):
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest whole checkpoint of train.dir; never refuses a folder that has one."""
     allow_changes: bool = False
-    """Resume although model, data, tokenizer, global batch, optimizer or seed differ; init_from a run of other model settings or
-    another tokenizer."""
+    """Resume although model, data, tokenizer, global batch, optimizer or seed differ; begin with weights of another model."""
     init_from: Text | None = None
     """Start at step 0 from the weights of this checkpoint, or of hf:PATH (Hugging Face), megatron:PATH or neox:PATH."""
 
