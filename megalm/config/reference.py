@@ -32,7 +32,8 @@ def page() -> str:
 def _rows(schema: dict[str, Any], section: dict[str, Any], prefix: str) -> Iterator[str]:
     for key, field in section.get("properties", {}).items():
         default = "**required**" if key in section.get("required", []) else _default(field)
-        yield f"| {prefix}{key} | {default} | {_values(schema, field)} | {field.get('description', '')} |"
+        meaning = " ".join(field.get("description", "").split())  # a table's row is a line
+        yield f"| {prefix}{key} | {default} | {_values(schema, field)} | {meaning} |"
         for kind, inner in _objects(schema, field):
             yield from _rows(schema, inner, f"{prefix}{key}{kind}.")
 

@@ -27,7 +27,8 @@ def test_every_key_is_there_and_has_a_meaning():
     listed = list(rows())
     assert {key for key, *_ in listed} == {key for key in known_keys() if "." in key}
     for key, _, values, meaning in listed:
-        assert values and meaning, key
+        assert values and meaning and meaning[-1] in ".)", key
+    assert all(line.endswith("|") for line in page().splitlines() if line.startswith("|")), "a row is a line"
 
 
 def test_defaults_and_values():
