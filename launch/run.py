@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megalm.config import ConfigError, load
 from megalm.launch import local, output, rank
@@ -20,9 +21,17 @@ from megalm.parallel.process import die_with_parent
 from megalm.parallel.stop import PREEMPTED
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with an error in one line, as all programs have it."""
+
+    def error(self, message: str) -> NoReturn:
+        output.mistake(ValueError(f"{message} (--help lists the options)"))
+        raise SystemExit(rank.USER_ERROR)
+
+
 def parse(argv: Sequence[str], program: str = "megalm train") -> argparse.Namespace:
     """The arguments: `.config`, `.overrides`, `.local_rank`, `.job`. Anything else is an error and exit code 2."""
-    parser = argparse.ArgumentParser(prog=program, description="Train the model that a config describes.", allow_abbrev=False)
+    parser = _Parser(prog=program, description="Train the model that a config describes.", allow_abbrev=False)
     parser.add_argument("positional", nargs="*", metavar="CONFIG [section.key=value ...]", help="the config, then overrides")
     parser.add_argument("--config", help="the config file, where it isn't the first argument")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="given by launchers; RANK and LOCAL_RANK are what counts")

@@ -37,7 +37,8 @@ def test_every_launcher_can_call_it(argv):
 def test_a_wrong_command_line_is_one_error(argv, said, capsys):
     with pytest.raises(SystemExit) as end:
         parse(argv)
-    assert end.value.code == 2 and said in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("dp", "gpus", "world"), [("auto", 0, 4), ("auto", 8, 8), (2, 0, 8), (2, 8, 8), (1, 8, 4)])
