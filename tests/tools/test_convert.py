@@ -93,7 +93,7 @@ WORDS = ["def add(a, b):  # of  two\n    return a+b\n", " leading", "\t\n\n  x",
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "byte-bpe"])
 def test_transformers_cuts_text_as_the_run_did(kind, tmp_path, capsys):
     """In a model of a family whose own tokenizers would cut it otherwise: transformers takes the class that the folder names."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     (tmp_path / "text.txt").write_text("\n".join(Path(file).read_text() for file in (__file__, training.__file__)))
     file = tmp_path / ("t.json" if kind == "byte-bpe" else "t.model")
@@ -111,10 +111,13 @@ def test_transformers_cuts_text_as_the_run_did(kind, tmp_path, capsys):
         assert theirs(text)["input_ids"] == own.encode(text), text
         assert theirs.decode(own.encode(text)) == text
     assert (theirs.eos_token_id, theirs.model_max_length) == (own.eod, 24)
+    change_config(tmp_path / "hf", model_type="qwen2")
+    generic = PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
+    assert [generic(text)["input_ids"] for text in WORDS] == [own.encode(text) for text in WORDS]
 
 
 def test_where_transformers_may_cut_otherwise_it_is_said(tmp_path):
-    """A model that changes text first, and Qwen2, whose class in transformers takes no model of sentencepiece."""
+    """A model that changes text first, and Qwen2, for which transformers has a class that no file changes."""
     plain = load_tokenizer(TokenizerSource("sentencepiece", str(make_sentencepiece(tmp_path / "plain.model"))))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=model, vocab_size=320, minloglevel=2,
@@ -122,7 +125,8 @@ def test_where_transformers_may_cut_otherwise_it_is_said(tmp_path):
     (tmp_path / "nfkc.model").write_bytes(model.getvalue())
     changes = load_tokenizer(TokenizerSource("sentencepiece", str(tmp_path / "nfkc.model")))
     assert tokenizer_doubt(plain, "llama") is None and "compare ids" in tokenizer_doubt(changes, "llama")
-    assert "LlamaTokenizer.from_pretrained can" in tokenizer_doubt(plain, "qwen2")
+    assert "PreTrainedTokenizerFast.from_pretrained does" in tokenizer_doubt(plain, "qwen2")
+    assert tokenizer_doubt(BytesTokenizer(), "qwen2") is None
     assert tokenizer_config(changes, 8)["add_prefix_space"] and not tokenizer_config(plain, 8)["add_prefix_space"]
     assert tokenizer_config(BytesTokenizer(), 8) is None
 

@@ -12,7 +12,7 @@ from megalm.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, 
 GENERIC, SENTENCEPIECE_BPE = "PreTrainedTokenizerFast", "LlamaTokenizer"
 """The classes that add nothing of their own to a file; the second reads the merges of a sentencepiece model."""
 OWN_CLASS = "qwen2"
-"""Whose class transformers takes whatever the file says, and which reads no sentencepiece model."""
+"""Whose class transformers takes whatever the files say."""
 SPACE = "\u2581"
 CHANGED_BY_RULES = " \ufb01  \xbd\n"
 """No rule of sentencepiece's but identity leaves this as it is, nor do a space in front and the removal of spaces."""
@@ -31,10 +31,10 @@ def tokenizer_config(tokenizer: Tokenizer, seq_length: int) -> dict[str, Any] | 
 
 def tokenizer_doubt(tokenizer: Tokenizer, family: str) -> str | None:
     """Why transformers may cut text otherwise nevertheless, in one line; None: it doesn't."""
+    if family == OWN_CLASS and tokenizer.files():
+        return f"transformers' AutoTokenizer cuts text its own way for {family}; {GENERIC}.from_pretrained does it the file's"
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return None
-    if family == OWN_CLASS:
-        return f"transformers' AutoTokenizer can't read it for {family}; LlamaTokenizer.from_pretrained can"
     if _model(tokenizer).normalize(CHANGED_BY_RULES) != CHANGED_BY_RULES.replace(" ", SPACE):
         return "it changes text before it cuts it, and transformers may do that otherwise: compare ids before you rely on them"
     return None
