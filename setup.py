@@ -84,7 +84,11 @@ class BdistWheel(bdist_wheel):
 
 # megalm preprocess: fast tokenization, .zst, .parquet, near-duplicates, languages
 CORPUS = ["gigatoken>=0.10", "zstandard>=0.23", "pyarrow>=18", "rensa>=0.5", "py3langid>=0.3"]
-TESTS = ["pytest>=8", "transformers>=4.50", "tensorboard>=2.15", "wandb>=0.17", "ruff>=0.12"]
+# checkpoint.remote s3://...; of a release it wants fsspec's of the same name
+S3 = ["s3fs>=2024.6"]
+# moto without its extra [server], which brings what its other services need; an S3 server takes flask and flask-cors
+TESTS = ["pytest>=8", "transformers>=4.50", "tensorboard>=2.15", "wandb>=0.17", "ruff>=0.12", *S3, "moto[s3]>=5.1", "flask>=3",
+         "flask-cors>=5"]
 
 setup(
     name="megalm",
@@ -114,6 +118,6 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
     ],
-    extras_require={"logging": ["tensorboard>=2.15", "wandb>=0.17"], "corpus": CORPUS, "tests": TESTS},
+    extras_require={"logging": ["tensorboard>=2.15", "wandb>=0.17"], "corpus": CORPUS, "s3": S3, "tests": TESTS},
     entry_points={"console_scripts": ["megalm = megalm.cli:main"]},
 )

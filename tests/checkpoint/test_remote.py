@@ -18,6 +18,7 @@ from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.retain import Retention
 from megalm.checkpoint.uploads import Uploads
 from tests import training
+from tests.checkpoint import cloud
 from tests.checkpoint.disks import Remembering, tree
 from tests.checkpoint.fakes import SMALL, Crew, Hasty, draw, engines, plan, save_all, settings
 from tests.checkpoint.test_layouts import load_all, succeed, wrong
@@ -29,19 +30,32 @@ def copy_here(performer: Performer, url: str, step: int, ranks: int, keep: int) 
     assert [answer.problem for answer in answers] == [None] * len(answers)
 
 
-@pytest.fixture(params=["file", "memory"])
-def url(request, tmp_path):
-    """Folders on a disk, which a writer reaches too, and objects in memory."""
-    yield f"file://{tmp_path}/elsewhere/run" if request.param == "file" else "memory://bucket/run"
+@pytest.fixture(scope="module")
+def server():
+    with cloud.serving() as server:
+        yield server
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def url(request, tmp_path, server, monkeypatch):
+    """Folders on a disk, which a writer reaches too, objects in memory, and those of an S3 server."""
+    if request.param == "s3":
+        cloud.use(monkeypatch, cloud.environment(server.endpoint))
+        bucket = f"bucket-{os.urandom(4).hex()}"
+        fsspec.filesystem("s3").mkdir(bucket)
+        yield f"s3://{bucket}/run"
+    else:
+        yield f"file://{tmp_path}/elsewhere/run" if request.param == "file" else "memory://bucket/run"
     fsspec.filesystem("memory").store.clear()
 
 
 def save_there(folder: Path, url: str, ranks, steps, background: bool = False, **rules) -> list[str]:
     lines: list[str] = []
-    in_memory = url.startswith("memory")  # where no other process can copy anything
+    in_process = not url.startswith("file")  # no other one reaches memory, and starting one for S3 takes a second
 
     def job(groups):
-        with Saver(folder, ranks[groups.rank], groups, settings(remote=None if in_memory else url, **rules), plan(), disk=Hasty(),
+        remote = None if in_process else url
+        with Saver(folder, ranks[groups.rank], groups, settings(remote=remote, **rules), plan(), disk=Hasty(),
                    report=lines.append) as saver:
             if background:
                 saver.write_in_background(torch.device("cpu"))
@@ -49,7 +63,7 @@ def save_there(folder: Path, url: str, ranks, steps, background: bool = False, *
                 saver.save(step, 8 * step)
                 saver.finish()
                 saver.copies.finish()
-                if in_memory and groups.rank == 0:
+                if in_process and groups.rank == 0:
                     copy_here(Performer(saver.root, Hasty()), url, step, len(ranks), rules.get("keep", 3))
 
     succeed(Crew(len(ranks)).run(job))
