@@ -5,15 +5,15 @@ it has its own. A fetch that ends early is gone on with by the next: files that 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from megalm.checkpoint import sealed
+from megalm.checkpoint.attempts import attempt, refused, told
 from megalm.checkpoint.disk import Disk
-from megalm.checkpoint.find import Report, read_manifest
-from megalm.checkpoint.format import MANIFEST, REPLACED_PREFIX, TEMPORARY_PREFIX, inside, step_name
+from megalm.checkpoint.find import Report, candidates, damage, preferred, read_manifest
+from megalm.checkpoint.format import CHECKPOINTS, MANIFEST, REPLACED_PREFIX, TEMPORARY_PREFIX, inside, step_name
 from megalm.checkpoint.publish import replace
 from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.sealed import CheckpointError, DamagedError
@@ -21,10 +21,66 @@ from megalm.checkpoint.verify import size, verify
 
 T = TypeVar("T")
 PROBLEMS_SHOWN = 3
-PAUSES = (1.0, 5.0)
-"""Seconds before a file that couldn't be copied is tried again."""
+DOCUMENTS = ("config.json", "plan.json")
+"""What a run has of these beside its checkpoints is the same as in its last one."""
 PART = TEMPORARY_PREFIX + "part"
 """The file that is being copied."""
+
+
+def fetch_missing(run_folder: str | Path, url: str, resume: str, report: Report, damaged: Sequence[Path] = (),
+                  tell: Report = lambda line: None) -> Path | None:
+    """Copy from checkpoint.remote what a run would go on from, were it whole here; returns it. Where none is whole here, that is
+    the newest there. The settings that it ran with come along, for a run that is finished and writes none.
+
+    `damaged`: those that loading has found so; one that is so twice was fetched in vain. `tell` hears of what takes long.
+    Raises CheckpointError for a URL that can't be, or that can't be written, or that doesn't answer when it is needed.
+    """
+    remote, root = Remote(url), Path(run_folder) / CHECKPOINTS
+    reasons, steps = _wanted(root, damaged) if resume == "auto" else ([], [])
+    if not damaged:
+        _reach(remote, report, must=steps != [] or resume != "auto")
+    vain = {step for step, folder in candidates(root) if damaged.count(folder) > 1}
+    found = fetch(remote, root, report, steps, vain=vain, tell=tell) if steps != [] else None
+    if found is None:
+        return None
+    for line in reasons:
+        report(line)
+    for name in DOCUMENTS:
+        if not (Path(run_folder) / name).exists():
+            _copy(found / name, Path(run_folder) / name, Disk())
+    return found
+
+
+def _copy(source: Path, target: Path, disk: Disk) -> None:
+    part = target.with_name(PART)
+    disk.remove(part)
+    disk.write(part, [source.read_bytes()])
+    disk.rename(part, target)
+
+
+def _wanted(root: Path, damaged: Sequence[Path]) -> tuple[list[str], list[int] | None]:
+    """Why a run can't go on from what it would, and the steps of those to fetch instead, the first that can be: none where
+    it can; None: whatever there is, as none is whole here."""
+    reasons, steps = [], []
+    for step, folder in preferred(root):
+        reason = "damaged" if folder in damaged else damage(folder)
+        if reason is None:
+            return reasons, steps
+        reasons.append(f"skipped {folder.name}: {reason}")
+        steps.append(step)
+    return reasons, None
+
+
+def _reach(remote: Remote, report: Report, must: bool) -> None:
+    """Find out before the training, and not after its first hours, whether checkpoints can be copied there. Where the storage
+    only doesn't answer, and what the run goes on from is here (not `must`), it may later."""
+    try:
+        attempt(remote.check)
+    except Exception as error:  # each storage's library has its own
+        line = f"checkpoint.remote {remote.url!r} can't be written: {told(error)}"
+        if must or refused(error):
+            raise CheckpointError(f"{line}; checkpoint.remote=null trains without copies") from error
+        report(f"{line}; it is tried again with every checkpoint")
 
 
 def fetch(remote: Remote, root: Path, report: Report, steps: Iterable[int] | None = None, *, vain: Collection[int] = (),
@@ -112,15 +168,10 @@ def _sync(path: Path, disk: Disk) -> None:
 def _attempt(what: str, work: Callable[[], T]) -> T:
     """The result of what the storage is asked. Raises DamagedError where it says that there is no such file, CheckpointError
     for anything else that is so several times."""
-    for pause in (*PAUSES, None):
-        try:
-            return work()
-        except FileNotFoundError as error:
-            raise DamagedError(f"{what.rpartition('/')[2]} is missing") from error
-        except Exception as error:  # each storage's library has its own
-            if pause is None:
-                line = " ".join(f"{type(error).__name__}: {error}".split())
-                raise CheckpointError(f"{what} can't be fetched: {line}. What is here of it stays, and the same command goes on "
-                                      "from there; checkpoint.remote=null goes on from what train.dir has") from error
-        time.sleep(pause)
-    raise AssertionError
+    try:
+        return attempt(work)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{what.rpartition('/')[2]} is missing") from error
+    except Exception as error:  # each storage's library has its own
+        raise CheckpointError(f"{what} can't be fetched: {told(error)}. What is here of it stays, and the same command goes on "
+                              "from there; checkpoint.remote=null goes on from what train.dir has") from error

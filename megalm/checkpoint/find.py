@@ -99,8 +99,12 @@ def preferred(root: Path, report: Report | None = None) -> list[tuple[int, Path]
     """(step, folder) of every checkpoint, in the order in which a run would go on from them: the one that `latest` names, those
     before it, the newest first, those after it. Raises UnreadableError where that can't be told."""
     named = _latest(root, report)
-    # A sort keeps the order of what is equal: the newest first.
-    return sorted(candidates(root), key=lambda item: (item[0] != named, named is not None and item[0] > named))
+    return sorted(candidates(root), key=lambda item: turn(item[0], named))
+
+
+def turn(step: int, named: int | None) -> tuple[bool, bool, int]:
+    """The key by which steps sort into the order in which a run would go on from them, where `latest` names that one."""
+    return step != named, named is not None and step > named, -step
 
 
 def newest(root: Path, report: Report | None = None, damaged: Collection[Path] = ()) -> Path | None:

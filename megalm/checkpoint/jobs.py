@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megalm.checkpoint.attempts import told
 from megalm.checkpoint.disk import Disk
 from megalm.checkpoint.format import StoredFragment, step_name
 from megalm.checkpoint.parts import Content, write_part
@@ -64,17 +65,17 @@ class Performer:
 
     def withdraw(self, url: str, step: int) -> Answer:
         """Before any rank replaces a file of that step's checkpoint on other storage, it is none there any more."""
-        return Answer(self._attempt("copying it", lambda: Remote(url).withdraw(self.root / step_name(step))))
+        return Answer(_copy(url, lambda remote: remote.withdraw(self.root / step_name(step))))
 
     def upload(self, url: str, step: int, rank: int, ranks: int) -> Answer:
         """Copy one of `ranks` shares of a whole checkpoint's rank files to other storage."""
         folder = self.root / step_name(step)
-        return Answer(self._attempt("copying it", lambda: Remote(url).upload_share(folder, rank, ranks, self.moved)))
+        return Answer(_copy(url, lambda remote: remote.upload_share(folder, rank, ranks, self.moved)))
 
     def complete(self, url: str, step: int, retention: Mapping[str, int]) -> Answer:
         """Make a checkpoint there of what the ranks have copied."""
         folder, rule, notes = self.root / step_name(step), Retention(**retention), []
-        problem = self._attempt("copying it", lambda: notes.extend(Remote(url).complete(folder, rule, self.moved)))
+        problem = _copy(url, lambda remote: notes.extend(remote.complete(folder, rule, self.moved)))
         return Answer(problem, notes)
 
     def clean(self) -> Answer:
@@ -96,6 +97,17 @@ class Performer:
         where = f" ({error.filename})" if error.filename else ""
         needed = f", {self.needed:,} bytes needed" if self.needed else ""
         return f"{error.strerror or error} [{name}]{where}{needed}, {_free_bytes(self.root)} bytes free"
+
+
+def _copy(url: str, work: Callable[[Remote], None]) -> str | None:
+    """Why this can't be done there, in one line, or None."""
+    try:
+        work(Remote(url))
+    except CheckpointError as error:
+        return f"copying it: {error}"
+    except Exception as error:  # each storage's library has its own
+        return f"copying it: {url}: {told(error)}"
+    return None
 
 
 def _free_bytes(folder: Path) -> str:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.fetch import fetch
-from megalm.checkpoint.find import Report, candidates, damage, newest, preferred
+from megalm.checkpoint.find import Report, candidates, damage, newest
 from megalm.checkpoint.format import CHECKPOINTS, TOKENIZER, read_json
-from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.sealed import CheckpointError
 
 CHECKED = ("model", "data", "tokenizer", "optimizer", "batch.global", "train.seed", "train.z_loss", "train.label_smoothing")
@@ -144,34 +142,6 @@ def _contents(files: Iterable[Path]) -> list[str]:
 def whole(run_folder: str | Path) -> list[Path]:
     """Every whole checkpoint of a run, by what `damage` finds at a first look."""
     return [path for _, path in candidates(Path(run_folder) / CHECKPOINTS) if damage(path, read=False) is None]
-
-
-def fetch_missing(run_folder: str | Path, url: str, resume: str, report: Report, damaged: Sequence[Path] = (),
-                  tell: Report = lambda line: None) -> Path | None:
-    """Copy from checkpoint.remote what a run would go on from, were it whole here; returns it. Where none is whole here, that is
-    the newest there.
-
-    `damaged`: those that loading has found so; one that is so twice was fetched in vain. `tell` hears of what takes long.
-    Raises CheckpointError for a URL that can't be, or that doesn't answer when it is needed.
-    """
-    remote, root = Remote(url), Path(run_folder) / CHECKPOINTS
-    if resume != "auto":
-        return None
-    reasons: list[str] = []
-    steps: list[int] | None = []
-    vain = {step for step, folder in candidates(root) if damaged.count(folder) > 1}
-    for step, folder in preferred(root):
-        reason = "damaged" if folder in damaged else damage(folder)
-        if reason is None:
-            break
-        reasons.append(f"skipped {folder.name}: {reason}")
-        steps.append(step)
-    else:
-        steps = None
-    found = fetch(remote, root, report, steps, vain=vain, tell=tell) if steps != [] else None
-    for line in reasons if found else ():
-        report(line)
-    return found
 
 
 def choose(run_folder: str | Path, resume: str, report: Report | None = None, damaged: Collection[Path] = ()) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from megalm.checkpoint.find import Report
 from megalm.checkpoint.format import CHECKPOINTS, step_name
 from megalm.checkpoint.jobs import Answer
-from megalm.checkpoint.writer import Writer
+from megalm.checkpoint.writer import COPIES, Writer
 
 DONE, BUSY, FAILED = range(3)
 """How far a rank's process is, such that the highest of all ranks says what to do."""
@@ -153,7 +153,7 @@ class Uploads:
         jobs: dict[str, dict[str, Any]] = {
             WITHDRAW: {}, UPLOAD: {"rank": groups.rank, "ranks": groups.world_size}, COMPLETE: {"retention": self._retention}}
         try:
-            self._process = self._process or Writer(self._root, 0)
+            self._process = self._process or Writer(self._root, 0, COPIES)
         except OSError as error:
             self._answer = Answer(f"starting a process to copy it: {error}")
             return

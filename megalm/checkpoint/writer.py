@@ -44,6 +44,8 @@ LINE_SECONDS = 60.0
 """A job is a message of some kilobytes to a process that does nothing but wait for it."""
 LEAVE_SECONDS = 5.0
 SIGN = b"\n"
+WRITES = "writing: the process that writes its checkpoints"
+COPIES = "copying it: the process that copies its files"
 LAYOUT = operator.attrgetter(*(field.name for field in dataclasses.fields(StoredFragment) if field.name != "step"))
 """All of an entry that stays the same from save to save."""
 
@@ -91,9 +93,9 @@ class Writer:
     """A rank's end: one job at a time. `memory` is what the writer will read, `size` bytes. `busy`: a job has no answer yet.
     `heard`: when it last gave a sign of life, by time.monotonic."""
 
-    def __init__(self, root: Path, size: int) -> None:
-        """Start the process. Raises OSError."""
-        self.size = max(size, 1)
+    def __init__(self, root: Path, size: int, name: str = WRITES) -> None:
+        """Start the process. `name`: what it is, as WRITES and COPIES have it. Raises OSError."""
+        self.size, self._name = max(size, 1), name
         self._file = os.memfd_create("megalm-checkpoint", os.MFD_CLOEXEC)
         os.ftruncate(self._file, self.size)
         # Populated: the first snapshot must not pay for the first touch of every page.
@@ -162,8 +164,8 @@ class Writer:
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process.wait(LEAVE_SECONDS)
             end = f"exit code {status}" if status >= 0 else f"signal {-status} ({signal.Signals(-status).name})"
-            return Answer(f"writing: the process that writes its checkpoints has ended: {end}")
-        return Answer("writing: the process that writes its checkpoints doesn't answer any more")
+            return Answer(f"{self._name} has ended: {end}")
+        return Answer(f"{self._name} doesn't answer any more")
 
     def close(self) -> None:
         """End the process; a job that it hasn't finished stays under a hidden name."""

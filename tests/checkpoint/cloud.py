@@ -1,12 +1,13 @@
 """An S3 server: moto's, in a thread of the tests' process, that counts what is asked and gets into trouble when it is told to."""
 from __future__ import annotations
 
-import contextlib
+import secrets
 import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -136,11 +137,31 @@ def environment(endpoint: str) -> dict[str, str]:
     return {**keyless(endpoint), "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "AWS_SECRET_ACCESS_KEY": "a test's"}
 
 
-@contextlib.contextmanager
-def serving() -> Iterator[Cloud]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Cloud]:
+    """One for the tests of a file."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # those made before know another server
     cloud = Cloud()
     try:
         yield cloud
     finally:
         cloud.close()
+
+
+@pytest.fixture
+def bucket(server: Cloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of an empty bucket, which this process and those that it starts have access to."""
+    use(monkeypatch, environment(server.endpoint))
+    name = f"bucket-{secrets.token_hex(4)}"
+    fsspec.filesystem("s3").mkdir(name)
+    server.calls.clear()
+    yield name
+    server.calm()
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Folders on a disk, which a writer reaches too, objects in memory, and those of the server."""
+    urls = {"file": f"file://{tmp_path}/elsewhere/run", "memory": "memory://bucket/run"}
+    yield urls.get(request.param) or f"s3://{request.getfixturevalue('bucket')}/run"
+    fsspec.filesystem("memory").store.clear()
