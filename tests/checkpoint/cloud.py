@@ -1,17 +1,14 @@
 """An S3 server: moto's, in a thread of the tests' process, that counts what is asked and gets into trouble when it is told to."""
 from __future__ import annotations
 
-import secrets
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import fsspec
 import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
@@ -106,7 +103,7 @@ class Cloud:
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError("as told")
         if kind in ANSWERS:
-            environ["wsgi.input"].read()
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             body = f"<?xml version='1.0'?><Error><Code>{kind}</Code><Message>as told: {kind}</Message></Error>".encode()
             start_response(ANSWERS[kind], [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
             return [body]
@@ -135,33 +132,3 @@ def keyless(endpoint: str) -> dict[str, str]:
 def environment(endpoint: str) -> dict[str, str]:
     """The environment of one that has."""
     return {**keyless(endpoint), "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "AWS_SECRET_ACCESS_KEY": "a test's"}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Cloud]:
-    """One for the tests of a file."""
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # those made before know another server
-    cloud = Cloud()
-    try:
-        yield cloud
-    finally:
-        cloud.close()
-
-
-@pytest.fixture
-def bucket(server: Cloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of an empty bucket, which this process and those that it starts have access to."""
-    use(monkeypatch, environment(server.endpoint))
-    name = f"bucket-{secrets.token_hex(4)}"
-    fsspec.filesystem("s3").mkdir(name)
-    server.calls.clear()
-    yield name
-    server.calm()
-
-
-@pytest.fixture(params=["file", "memory", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Folders on a disk, which a writer reaches too, objects in memory, and those of the server."""
-    urls = {"file": f"file://{tmp_path}/elsewhere/run", "memory": "memory://bucket/run"}
-    yield urls.get(request.param) or f"s3://{request.getfixturevalue('bucket')}/run"
-    fsspec.filesystem("memory").store.clear()

@@ -21,7 +21,7 @@ from tests.checkpoint.disks import Remembering, tree
 from tests.checkpoint.fakes import SMALL, Crew, Hasty, draw, engines, plan, save_all, settings
 from tests.checkpoint.test_layouts import load_all, succeed, wrong
 
-pytest_plugins = ["tests.checkpoint.cloud"]
+pytest_plugins = ["tests.checkpoint.storages"]
 
 
 def copy_here(performer: Performer, url: str, step: int, ranks: int, keep: int) -> None:
