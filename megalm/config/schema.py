@@ -312,8 +312,8 @@ class Checkpoint(Section):
     """So many saves in a row that fail end the run; until then it trains on, and tries again at the next `every`. A last save
     is tried twice, and then ends it with exit code 2."""
     remote: Text | None = None
-    """Also copy checkpoints there, to any path that fsspec knows (s3://bucket/run, gs://..., with its package installed); a run
-    whose train.dir has none goes on from the newest there."""
+    """Also copy checkpoints there, to any path that fsspec knows (s3://bucket/run with megalm[s3] installed, gs://... with
+    gcsfs); a run whose train.dir has none goes on from there. It is tried before the training."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest whole checkpoint of train.dir; never refuses a folder that has one."""
     allow_changes: bool = False

@@ -135,6 +135,8 @@ def test_a_process_killed_among_the_parts_leaves_none_and_the_next_run_ends_the_
     assert [name for name in objects(bucket) if "step_00000002" in name] == []
     assert unfinished(bucket) == ["run/step_00000002/rank_00000.safetensors"]
     assert fetch(Remote(url), tmp_path / "empty", print).name == "step_00000001"
+    server.trouble("ListMultipartUploads", "AccessDenied")
+    assert copied(run, url, 2) == [] and len(unfinished(bucket)) == 1, "who may not look for them does without"
     assert copied(run, url, 2) == [] and unfinished(bucket) == []
     found = fetch(Remote(url), tmp_path / "other", print)
     assert tree(found) == tree(run / "checkpoints/step_00000002")
@@ -180,6 +182,10 @@ def test_lasting_trouble_is_a_line_that_says_where_and_nothing_is_left(server, b
     assert performer.complete(url, 2, {"keep": 3}).problem.startswith(
         f"copying it: {url}/step_00000002/rank_00000.safetensors has None bytes there, not ")
     assert remote.steps() == [1]
+    server.calm()
+    signs: list[None] = []
+    performer.moved = lambda: signs.append(None)
+    assert performer.upload(url, 2, 0, 1).problem is None and len(signs) >= 3, "every part is a sign of life"
 
 
 def test_no_way_in_is_one_line_before_anything_starts(server, bucket, tmp_path, monkeypatch, hasty):
