@@ -35,9 +35,11 @@ def operation(environ: dict[str, Any]) -> str:
 
 @dataclass
 class Trouble:
-    """What happens to the next `times` requests of one operation after the first `after`, of objects whose key ends with `end`.
+    """What happens to the next `times` requests of one operation ("": of any) after the first `after`, of objects whose key ends
+    with `end`.
 
-    `kind`: one of ANSWERS; "drop": the connection ends without one; "hold": nothing, until `release` is set.
+    `kind`: one of ANSWERS; "drop": the connection ends without one; "lost": it ends after what was asked is done; "hold":
+    nothing, until `release` is set.
     """
 
     operation: str
@@ -49,7 +51,7 @@ class Trouble:
     release: threading.Event = field(default_factory=threading.Event)
 
     def strikes(self, name: str, path: str) -> bool:
-        if name != self.operation or not path.endswith(self.end) or self.times <= 0:
+        if self.operation not in ("", name) or not path.endswith(self.end) or self.times <= 0:
             return False
         if self.after > 0:
             self.after -= 1
@@ -99,7 +101,9 @@ class Cloud:
             kind, trouble = next(((each.kind, each) for each in self._troubles if each.strikes(name, path)), ("", None))
         if kind == "hold":
             trouble.release.wait(HOLD_SECONDS)
-        if kind == "drop":
+        if kind == "lost":
+            b"".join(self._application(environ, lambda *_: None))
+        if kind in ("drop", "lost"):
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError("as told")
         if kind in ANSWERS:

@@ -1,6 +1,7 @@
 """checkpoint.remote on an S3 server: parts of large files, a process killed among them, errors of the server, no way in."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -96,7 +97,15 @@ def large(folder, url: str) -> Performer:
 
 
 def copy(performer: Performer, url: str, step: int) -> list[Answer]:
-    return [performer.withdraw(url, step), performer.upload(url, step, 0, 1), performer.complete(url, step, {"keep": 3})]
+    """As one rank has it done: what comes after a problem isn't tried."""
+    jobs = (lambda: performer.withdraw(url, step), lambda: performer.upload(url, step, 0, 1),
+            lambda: performer.complete(url, step, {"keep": 3}))
+    answers: list[Answer] = []
+    for job in jobs:
+        answers.append(job())
+        if answers[-1].problem:
+            break
+    return answers
 
 
 def copied(folder, url: str, step: int, meanwhile: Callable[[Uploads], None] = lambda copies: None) -> list[str]:
@@ -151,6 +160,30 @@ def hasty(monkeypatch):
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     yield
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_wherever_a_copy_is_cut_off_the_one_before_or_the_whole_one_is_there(server, bucket, tmp_path, hasty):
+    """At every request of a copy: from then on nothing gets through, as when its process is killed. That one doesn't either, or
+    is done and the answer lost. Each begins among what the ones before have left."""
+    url, run = f"s3://{bucket}/run", tmp_path / "run"
+    for step in (1, 2):
+        succeed(save_all(run, step, engines(SMALL, draw(SMALL, seed=step))))
+    performer, remote, found = Performer(run / "checkpoints", Hasty()), Remote(url), []
+    copy(performer, url, 1)
+    for cut in itertools.count():
+        if cut % 2:
+            server.trouble("", "lost", after=cut)
+        trouble = server.trouble("", "drop", after=cut, times=10 ** 6)
+        copy(performer, url, 2)
+        server.calm()
+        if not trouble.met.is_set():
+            break
+        found.append(remote.steps())
+        if found[-1] == [2, 1]:
+            assert tree(fetch(remote, tmp_path / str(cut), print)) == tree(performer.root / "step_00000002")
+            fsspec.filesystem("s3").rm_file(f"{bucket}/run/step_00000002/checkpoint.json")
+    assert found == sorted(found, key=len) and found[0] == [1] and found[-1] == [2, 1] and len(found) > 20
+    assert remote.steps() == [2, 1]
 
 
 @pytest.mark.parametrize("kind", ["SlowDown", "InternalError", "drop"])
