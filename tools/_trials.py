@@ -1,7 +1,11 @@
-"""Checkpoints of a job of one rank that trains nothing, for the programs that damage them."""
+"""Checkpoints of a job that trains nothing, for the programs that damage them: its state, its ranks, and what it resumes from."""
 
 from __future__ import annotations
 
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,30 +15,15 @@ import torch
 
 from megalm.checkpoint import CheckpointError, DamagedError, Fragment, Saver, load, newest
 from megalm.checkpoint.disk import Disk
+from megalm.checkpoint.find import Report
 from megalm.checkpoint.format import CHECKPOINTS
+from megalm.checkpoint.save import Ranks
+from megalm.tools._command import Parser, positive, run
+from megalm.tools._crew import Crew
 
 SHAPES = {"embedding.word.weight": (40, 16), "layers.0.mlp.up.weight": (24, 16), "final_norm.weight": (16,)}
 ROLES = ("master", "exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class OneRank:
-    """The process groups of a job of one rank."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def agree(self, problem: str | None) -> list[tuple[int, str]]:
-        return [(0, problem)] if problem else []
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def highest(self, *values: int) -> list[int]:
-        return list(values)
+Values = dict[tuple[str, str], torch.Tensor]
 
 
 class Hasty(Disk):
@@ -45,22 +34,11 @@ class Hasty(Disk):
 
 
 @dataclass
-class Held:
-    """As much of an engine as a checkpoint needs: these values, cut into `pieces`."""
+class Share:
+    """As much of an engine as a checkpoint needs: one rank's part of a state."""
 
-    values: dict[tuple[str, str], torch.Tensor]
-    pieces: int = 1
-    step: int = 1
     held: list[Fragment] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        for (part, role), full in self.values.items():
-            flat, count = full.view(-1), full.numel()
-            for piece in range(self.pieces):
-                start, stop = count * piece // self.pieces, count * (piece + 1) // self.pieces
-                at = None if role == "master" else self.step
-                fragment = Fragment(part, role, tuple(full.shape), None, 0, full.shape[0], start, flat[start:stop], step=at)
-                self.held.append(fragment)
+    step: int = 0
 
     def fragments(self) -> list[Fragment]:
         return self.held
@@ -72,47 +50,105 @@ class Held:
         self.step = counters["optimizer_step"]
 
 
-def values(seed: int) -> dict[tuple[str, str], torch.Tensor]:
-    """Every part in every role."""
-    generator = torch.Generator().manual_seed(seed)
-    return {(part, role): torch.randn(shape, generator=generator) for part, shape in SHAPES.items() for role in ROLES}
+@dataclass(frozen=True)
+class State:
+    """Of a whole job, after a step."""
+
+    values: Values
+    step: int
+
+    def shares(self, ranks: int) -> list[Share]:
+        """Views of it: every tensor cut evenly, in the order of the ranks."""
+        found = [Share(step=self.step) for _ in range(ranks)]
+        for (part, role), full in self.values.items():
+            shape, count, at = tuple(full.shape), full.numel(), None if role == "master" else self.step
+            for rank, share in enumerate(found):
+                start, stop = count * rank // ranks, count * (rank + 1) // ranks
+                share.held.append(Fragment(part, role, shape, None, 0, shape[0], start, full.view(-1)[start:stop], step=at))
+        return found
 
 
-def saver(folder: Path, held: Held, disk: Disk | None = None, keep: int = 3) -> Saver:
-    """What saves `held` into the run's folder."""
-    rule = SimpleNamespace(keep=keep, keep_every=0, keep_best=0, remote=None, max_failures=1)
+def state(step: int, seed: int | None = None) -> State:
+    """Every part in every role, drawn from the seed (default: the step)."""
+    generator = torch.Generator().manual_seed(step if seed is None else seed)
+    keys = [(part, role) for part in SHAPES for role in ROLES]
+    return State({key: torch.randn(SHAPES[key[0]], generator=generator) for key in keys}, step)
+
+
+def same(one: State, other: State) -> bool:
+    """Bit for bit, and at the same step."""
+    return one.step == other.step and all(torch.equal(tensor.view(torch.int32), other.values[key].view(torch.int32))
+                                          for key, tensor in one.values.items())
+
+
+def saver(folder: Path, share: Share, groups: Ranks, disk: Disk | None = None, *, keep: int = 3, max_failures: int = 1,
+          report: Report | None = None) -> Saver:
+    """What saves one rank's share into the run's folder."""
+    rule = SimpleNamespace(keep=keep, keep_every=0, keep_best=0, remote=None, max_failures=max_failures)
     config = SimpleNamespace(checkpoint=rule, model_dump=lambda mode: {"model": {"hidden_size": 16}})
-    numbers = {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 1, "sequence_parallel": False, "padded_vocab_size": 40}
+    numbers = {"tp": 1, "pp": 1, "dp": groups.world_size, "zero_stage": 1, "sequence_parallel": False, "padded_vocab_size": 40}
     plan = SimpleNamespace(**numbers, to_dict=lambda: numbers)
-    return Saver(folder, held, OneRank(), config, plan, disk=disk or Hasty())
+    return Saver(folder, share, groups, config, plan, disk=disk or Hasty(), report=report)
 
 
-def store(folder: Path, held: Held, disk: Disk | None = None, keep: int = 3) -> None:
-    """Save `held` at its step, and wait until it is on the disk."""
-    with saver(folder, held, disk, keep) as saves:
-        saves.save(held.step, 8 * held.step)
-        saves.finish()
+def save_all(folder: Path, held: State, crew: Crew, disks: Sequence[Disk] = (), keep: int = 3) -> list[BaseException | None]:
+    """Save the state with all ranks of the crew, and wait until it is on the disk; how each rank ended."""
+    shares = held.shares(crew.world_size)
+
+    def work(groups: Ranks) -> None:
+        with saver(folder, shares[groups.rank], groups, disks[groups.rank] if disks else None, keep=keep) as saves:
+            saves.save(held.step, 8 * held.step)
+            saves.finish()
+
+    return crew.run(work)
 
 
-def resume(folder: Path) -> tuple[Held, list[str]]:
-    """What a run in `folder` goes on from, in another layout, and what it says of those it skips. Raises CheckpointError."""
-    target = Held({key: torch.full(tensor.shape, torch.nan) for key, tensor in values(0).items()}, pieces=3)
+def store(folder: Path, held: State, ranks: int = 1) -> None:
+    """The same, where nothing is to go wrong."""
+    for problem in save_all(folder, held, Crew(ranks)):
+        if problem is not None:
+            raise problem
+
+
+def resume(folder: Path, ranks: int = 1) -> tuple[State, list[str]]:
+    """What a run of so many ranks goes on from, and what it says of those it skips. Raises CheckpointError."""
     damaged: list[Path] = []
     lines: list[str] = []
     while True:
         path = newest(folder / CHECKPOINTS, lines.append, damaged)
         if path is None:
             raise CheckpointError(f"{folder}: nothing to resume from")
-        try:
-            load(path, target, OneRank())
-            return target, lines
-        except DamagedError as error:
+        target = State({key: torch.full(tensor.shape, torch.nan) for key, tensor in state(0).values.items()}, 0)
+        shares = target.shares(ranks)
+        ends = Crew(ranks).run(lambda groups, path=path, shares=shares: load(path, shares[groups.rank], groups))
+        if all(isinstance(end, DamagedError) for end in ends):
             damaged.append(path)
-            lines.append(f"skipped {path.name}: {error}")
+            lines.append(f"skipped {path.name}: {ends[0]}")
+            continue
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+        [step] = {share.step for share in shares}
+        return State(target.values, step), lines
 
 
-def same(one: Held, other: Held) -> bool:
-    """Bit for bit, and at the same step."""
-    bits = [held.values[key].view(torch.int32) for held in (one, other) for key in one.values]
-    half = len(bits) // 2
-    return one.step == other.step and all(torch.equal(a, b) for a, b in zip(bits[:half], bits[half:], strict=True))
+def program(name: str, description: str | None, work: Callable[[Path, argparse.Namespace], tuple[list[str], list[str]]],
+            argv: Sequence[str] | None, more: Callable[[Parser], object] = lambda parser: None) -> int:
+    """The command line of a program of trials: `work(empty folder, arguments)` returns what went wrong and what to say at the
+    end. The exit code: 1 when anything went wrong."""
+    parser = Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=positive, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    more(parser)
+
+    def all_of_it(arguments: argparse.Namespace) -> int:
+        folder = Path(tempfile.mkdtemp(prefix=f"megalm-{name}-"))
+        try:
+            wrong, told = work(folder, arguments)
+        finally:
+            shutil.rmtree(folder)
+        for line in (*wrong, *told):
+            print(line)
+        return 1 if wrong else 0
+
+    return run(parser, all_of_it, argv)

@@ -2,33 +2,33 @@
 
     python -m megalm.tools.flip_checkpoints [--trials 2000 --seed 0]
 
-Each trial flips a random bit of the newest of two checkpoints (or of `latest`), chosen evenly over files so that small ones
-have their share, and loads the run under another layout than it was saved in. What is loaded must be one of the two
-checkpoints, bit for bit; it may be the newer one only if the bit isn't among the bytes that were read.
+Each trial flips a random bit of the newest of two checkpoints of two ranks (or of `latest`), chosen evenly over files so that
+small ones have their share, and loads the run with one, two or three ranks. What is loaded must be one of the two checkpoints,
+bit for bit; it may be the newer one only if the bit isn't among the bytes that were read.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from megalm.checkpoint import CheckpointError
 from megalm.checkpoint.format import CHECKPOINTS
-from megalm.tools._command import Parser, positive, run
-from megalm.tools._trials import Held, resume, same, store, values
+from megalm.tools._trials import State, program, resume, same, state, store
+
+RANKS = 2
+LAYOUTS = (1, 2, 3)
+"""Of how many ranks the runs are that load."""
 
 
 def trials(folder: Path, count: int, seed: int = 0) -> list[str]:
     """Flip `count` bits, one at a time; returns a line for each that had a consequence that it may not have."""
     chance, run_folder = random.Random(seed), folder / "run"
-    old, new = Held(values(1), step=1), Held(values(2), step=2)
+    old, new = state(1), state(2)
     for held in (old, new):
-        store(run_folder, held)
+        store(run_folder, held, RANKS)
     newer = run_folder / CHECKPOINTS / "step_00000002"
     files = [*sorted(path for path in newer.iterdir() if path.is_file()), newer.parent / "latest"]
     wrong = []
@@ -39,7 +39,7 @@ def trials(folder: Path, count: int, seed: int = 0) -> list[str]:
         flipped = bytearray(before)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        problem = _consequence(run_folder, path, old, new, bit // 8 >= _header(before))
+        problem = _consequence(run_folder, path, old, new, bit // 8 >= _header(before), chance.choice(LAYOUTS))
         if problem:
             wrong.append(f"bit {bit} of {path.name}: {problem}")
         path.write_bytes(before)
@@ -51,9 +51,9 @@ def _header(content: bytes) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
 
-def _consequence(folder: Path, path: Path, old: Held, new: Held, in_tensors: bool) -> str | None:
+def _consequence(folder: Path, path: Path, old: State, new: State, in_tensors: bool, ranks: int) -> str | None:
     try:
-        found, lines = resume(folder)
+        found, lines = resume(folder, ranks)
     except CheckpointError as error:
         return f"nothing was loaded: {error}"
     if path.name == "latest" or (path.suffix == ".safetensors" and not in_tensors):
@@ -65,22 +65,11 @@ def _consequence(folder: Path, path: Path, old: Held, new: Held, in_tensors: boo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trials; 1 when a flipped bit had a consequence that it may not have."""
-    parser = Parser(prog="flip_checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=positive, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    return run(parser, _work, argv)
-
-
-def _work(arguments: argparse.Namespace) -> int:
-    folder = Path(tempfile.mkdtemp(prefix="megalm-flips-"))
-    try:
+    def work(folder: Path, arguments) -> tuple[list[str], list[str]]:
         wrong = trials(folder, arguments.trials, arguments.seed)
-    finally:
-        shutil.rmtree(folder)
-    for line in wrong:
-        print(line)
-    print(f"{arguments.trials:,} bits flipped: {len(wrong)} not found or with a wrong consequence")
-    return 1 if wrong else 0
+        return wrong, [f"{arguments.trials:,} bits flipped: {len(wrong)} not found or with a wrong consequence"]
+
+    return program("flip_checkpoints", __doc__, work, argv)
 
 
 if __name__ == "__main__":

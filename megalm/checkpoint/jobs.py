@@ -59,8 +59,10 @@ class Performer:
         problem = problem or self._attempt("publishing it", lambda: publish(self.root, temporary, step, self.disk))
         if problem:
             return Answer(problem)
+        rule, notes = Retention(**retention), []
         problem = self._attempt(POINTING, lambda: point_latest(self.root, self.disk))
-        notes = [] if problem else retire(self.root, step, Retention(**retention), self.disk, needed)
+        problem = problem or self._attempt(
+            "deleting old ones", lambda: notes.extend(retire(self.root, step, rule, self.disk, needed)))
         return Answer(problem, notes)
 
     def withdraw(self, url: str, step: int) -> Answer:

@@ -51,6 +51,7 @@ def retire(root: Path, step: int, rule: Retention, disk: Disk, needed: Collectio
                 continue
             doomed = root / (DELETED_PREFIX + folder.name)
             disk.rename(folder, doomed)
+            disk.sync_folder(root)  # else a power cut may keep what `remove` did and not the hidden name
             disk.remove(doomed)
     except (OSError, CheckpointError) as error:
         return [f"an old checkpoint in {root} couldn't be deleted: {error}"]

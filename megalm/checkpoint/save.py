@@ -8,6 +8,7 @@ anywhere is known to every rank before anything of the previous checkpoint is to
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import secrets
@@ -299,7 +300,8 @@ class Saver:
             return None
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Of Python and the libraries that shape the state; one that isn't installed is left out."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:

@@ -62,7 +62,8 @@ def main(parent: int, line: int, memory: int, size: int, root: str) -> None:
     with mmap.mmap(memory, size, prot=mmap.PROT_READ) as shared, socket.socket(fileno=line) as ours:
         remembered: list = []
         performer.moved = lambda: _sign_of_life(ours)
-        with memoryview(shared) as view:
+        # Its rank may be gone for a moment before the kernel ends it too.
+        with memoryview(shared) as view, contextlib.suppress(ConnectionError):
             for job in ours.makefile("rb"):
                 answer = perform(performer, json.loads(job), view, remembered)
                 if answer is not None:

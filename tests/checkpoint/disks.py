@@ -11,13 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.fakes import Hasty
+from megalm.tools._crew import Killed
+from megalm.tools._trials import Hasty
 
 CALLS = ("make_folder", "write", "sync_folder", "rename", "remove")
-
-
-class Killed(BaseException):
-    """The end of a process: no handler may stop it."""
 
 
 class Remembering(Hasty):

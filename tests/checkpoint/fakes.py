@@ -1,10 +1,9 @@
-"""Ranks as threads, and engines that hold random tensors cut in any way: a checkpoint needs no more to be tested."""
+"""Engines that hold random tensors cut in any way, for ranks that are threads: a checkpoint needs no more to be tested."""
 from __future__ import annotations
 
 import json
 import math
 import random
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import Tensor
 from megalm.checkpoint import Fragment, save
 from megalm.checkpoint.disk import Disk
 from megalm.checkpoint.sealed import digest, seal
+from megalm.tools._crew import Crew
+from megalm.tools._trials import Hasty
 
 Parts = dict[str, tuple[tuple[int, ...], int | None]]
 Values = dict[tuple[str, str], Tensor]
@@ -35,87 +36,6 @@ SMALL: Parts = {
     "final_norm.weight": ((12,), None),
     "head.weight": ((64, 12), 0),
 }
-
-
-class Crew:
-    """The process groups of `world_size` ranks that are threads of this process."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self._said: list[Any] = [None] * world_size
-        self._meeting = threading.Barrier(world_size, timeout=20)
-
-    def gather(self, rank: int, value: Any) -> list[Any]:
-        self._said[rank] = value
-        self._meeting.wait()
-        heard = list(self._said)
-        self._meeting.wait()
-        return heard
-
-    def agree(self, rank: int, problem: str | None) -> list[tuple[int, str]]:
-        return [(index, text) for index, text in enumerate(self.gather(rank, problem)) if text]
-
-    def broadcast(self, rank: int, value: Any) -> Any:
-        if rank == 0:
-            self._value = value
-        self._meeting.wait()
-        value = self._value
-        self._meeting.wait()
-        return value
-
-    def highest(self, rank: int, *values: int) -> list[int]:
-        return [max(column) for column in zip(*self.gather(rank, values), strict=True)]
-
-    def member(self, rank: int) -> Groups:
-        return Groups(rank, self)
-
-    def run(self, work: Callable[[Groups], Any]) -> list[Any]:
-        """work(groups) on every rank at once; each rank's result, or the exception that ended it."""
-        results: list[Any] = [None] * self.world_size
-
-        def one(rank: int) -> None:
-            try:
-                results[rank] = work(Groups(rank, self))
-            except BaseException as error:  # a planted death is a result too
-                results[rank] = error
-                if not isinstance(error, Exception):
-                    self._meeting.abort()
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.world_size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-
-
-class Hasty(Disk):
-    """Doesn't wait for the disk: for tests that are about something else."""
-
-    def sync(self, handle: int) -> None:
-        return
-
-
-@dataclass
-class Groups:
-    rank: int
-    crew: Crew
-
-    @property
-    def world_size(self) -> int:
-        return self.crew.world_size
-
-    def agree(self, problem: str | None) -> list[tuple[int, str]]:
-        return self.crew.agree(self.rank, problem)
-
-    def broadcast(self, value: Any) -> Any:
-        return self.crew.broadcast(self.rank, value)
-
-    def gather(self, value: Any) -> list[Any]:
-        return self.crew.gather(self.rank, value)
-
-    def highest(self, *values: int) -> list[int]:
-        return self.crew.highest(self.rank, *values)
 
 
 @dataclass

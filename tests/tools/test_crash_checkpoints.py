@@ -6,15 +6,18 @@ import re
 
 import pytest
 
-from megalm.checkpoint import jobs, publish
+from megalm.checkpoint import Saver, jobs, publish
 from megalm.checkpoint.disk import Disk
-from megalm.tools.crash_checkpoints import main, trials
+from megalm.checkpoint.format import step_name
+from megalm.tools._crew import Groups
+from megalm.tools.crash_checkpoints import attempts, main
 
 
-@pytest.mark.parametrize("kind, count", [("deaths", 200), ("errors", 160), ("power", 160), ("kills", 80)])
-def test_no_checkpoint_is_lost_or_torn(kind, count, tmp_path):
-    [(done, wrong)] = trials(tmp_path, count, seed=1, kinds=[kind]).values()
-    assert wrong == [] and done >= 4
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind, count", [("deaths", 25), ("errors", 30), ("power", 40), ("kills", 5)])
+def test_no_checkpoint_is_lost_or_torn(kind, count, ranks, tmp_path):
+    tried = list(attempts(tmp_path, count, kind, ranks, seed=1))
+    assert len(tried) == count and not any(tried), list(filter(None, tried))
 
 
 def no_sync_of_files(monkeypatch):
@@ -41,16 +44,64 @@ def the_old_one_goes_first(monkeypatch):
     monkeypatch.setattr(jobs, "publish", publish_late)
 
 
-@pytest.mark.parametrize("mistake, kind", [(no_sync_of_files, "power"), (no_sync_of_the_folder, "power"),
-                                           (the_old_one_goes_first, "power"), (the_old_one_goes_first, "deaths")])
-def test_a_mistake_in_the_order_of_things_is_found(mistake, kind, tmp_path, monkeypatch):
+def it_has_its_name_before_it_is_described(monkeypatch):
+    def describe(temporary, manifest, documents, tokenizer_files, disk):
+        final = temporary.with_name(step_name(manifest["step"]))
+        publish.replace(final, temporary, disk)
+        publish.describe_whole(final, manifest, documents, tokenizer_files, disk)
+        disk.rename(final, temporary)
+
+    monkeypatch.setattr(jobs, "describe_whole", describe)
+
+
+def the_second_rank_answers_before_it_syncs(monkeypatch):
+    def write_part(folder, rank, entries, content, disk):
+        if rank:
+            disk.sync = lambda handle: None
+        original(folder, rank, entries, content, disk)
+
+    original = jobs.write_part
+    monkeypatch.setattr(jobs, "write_part", write_part)
+
+
+def rank_0_doesn_t_wait_for_the_others(monkeypatch):
+    def begin(saver):
+        original(saver)
+        if saver._groups.rank == 0:
+            saver._performer.whole(folder=saver._folder, manifest=saver._manifest, **saver._whole)
+
+    original = Saver._begin
+    monkeypatch.setattr(Saver, "_begin", begin)
+
+
+def rank_0_goes_on_though_another_has_failed(monkeypatch):
+    monkeypatch.setattr(Saver, "_agree", lambda saver: saver._groups.agree(None))
+
+
+def nobody_waits_until_rank_0_has_cleaned(monkeypatch):
+    def begin(saver, folder, engine, groups, *more, **named):
+        hasty = Groups(groups.rank, groups.crew)
+        hasty.agree = lambda problem: []
+        original(saver, folder, engine, hasty, *more, **named)
+        saver._groups = groups
+
+    original = Saver.__init__
+    monkeypatch.setattr(Saver, "__init__", begin)
+
+
+@pytest.mark.parametrize("mistake, kind, ranks", [
+    (no_sync_of_files, "power", 1), (no_sync_of_the_folder, "power", 1), (the_old_one_goes_first, "power", 1),
+    (the_old_one_goes_first, "deaths", 1), (it_has_its_name_before_it_is_described, "deaths", 1),
+    (no_sync_of_files, "power", 2), (no_sync_of_the_folder, "power", 2), (it_has_its_name_before_it_is_described, "deaths", 2),
+    (the_second_rank_answers_before_it_syncs, "power", 2), (rank_0_doesn_t_wait_for_the_others, "power", 2),
+    (rank_0_goes_on_though_another_has_failed, "errors", 2), (nobody_waits_until_rank_0_has_cleaned, "deaths", 2)])
+def test_a_mistake_in_the_order_of_things_is_found(mistake, kind, ranks, tmp_path, monkeypatch):
     mistake(monkeypatch)
-    [(_, wrong)] = trials(tmp_path, 160, kinds=[kind]).values()
-    assert wrong != []
+    assert next(filter(None, attempts(tmp_path, 300, kind, ranks)), None) is not None
 
 
 def test_it_says_how_much_of_what_is_possible_was_tried(capsys):
-    assert main(["--trials", "20"]) == 0
+    assert main(["--trials", "1", "--ranks", "2"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^deaths +4 trials of [1-9]\d\d possible, 0 with", said, re.MULTILINE)
-    assert re.search(r"^power +8 trials, 0 with", said, re.MULTILINE)
+    assert re.search(r"^2 ranks, deaths +5 trials of [1-9]\d\d possible, 0 with", said, re.MULTILINE)
+    assert re.search(r"^2 ranks, power +5 trials, 0 with", said, re.MULTILINE)
