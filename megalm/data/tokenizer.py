@@ -159,13 +159,14 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = not special_tokens
         added_tokens = self._tokenizer.get_added_tokens_decoder().values()
+        self.added_tokens = [token.content for token in added_tokens]
         self.plain_tokens = [] if special_tokens else [token.content for token in added_tokens if token.special]
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps: the count isn't enough
         self.eod = None if eod is None else vocabulary.get(eod)
         if eod is not None and self.eod is None:
-            added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
-            raise missing_token(path, eod, added if difflib.get_close_matches(eod, added, n=1, cutoff=0.4) else vocabulary)
+            near = difflib.get_close_matches(eod, self.added_tokens, n=1, cutoff=0.4)
+            raise missing_token(path, eod, self.added_tokens if near else vocabulary)
         self.eod_candidates = [token for token in USUAL_EOD if token in vocabulary]
 
     def encode(self, text: str) -> list[int]:

@@ -15,9 +15,9 @@ import pytest
 
 from megalm.data.errors import DataError
 from megalm.data.indexed import IndexedReader
-from megalm.data.tokenizer import TokenizerSource
+from megalm.data.tokenizer import BytesTokenizer
 from megalm.tools import preprocess
-from megalm.tools.preprocess.job import Job, Worker
+from megalm.tools.preprocess.job import Job
 from megalm.tools.preprocess.pool import Pool
 from megalm.tools.preprocess.tasks import Task
 from megalm.tools.preprocess.texts import Policy
@@ -118,9 +118,9 @@ class Poison:
 
 
 def test_a_worker_that_dies(tmp_path):
-    job = Job(TokenizerSource("bytes"), Policy("text"), "<u2", str(tmp_path), (), 1000)
-    with pytest.raises(DataError, match="a worker process died"), Pool(job, 2) as pool:
-        list(pool.make([Task(0, Poison())], Worker(job)))
+    job = Job(Policy("text"), "<u2", str(tmp_path), (), 1000)
+    with pytest.raises(DataError, match="a worker process died"), Pool(job, BytesTokenizer(), 2) as pool:
+        list(pool.make([Task(0, Poison())], False, False))
 
 
 def test_invalid_lines_are_counted_and_the_first_are_shown(tmp_path, capsys):

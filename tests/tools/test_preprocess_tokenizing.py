@@ -123,8 +123,7 @@ def test_a_fast_one_that_differs(tmp_path, folder, monkeypatch, capsys, verify):
     """Found in the sample, it isn't used; where the sample misses it, --verify finds it. One line says which document."""
     right = load(folder, "llama.model")
     wrong = lambda *_: (Wrong(Reference(right)), "")  # noqa: E731
-    for module in ("job", "program"):
-        monkeypatch.setattr(f"megalm.tools.preprocess.{module}.fast_backend", wrong)
+    monkeypatch.setattr("megalm.tools.preprocess.job.fast_backend", wrong)
     if verify:
         monkeypatch.setattr("megalm.tools.preprocess.program.corpus_samples", lambda *_: [Sample("dog")])
     path = json_lines(tmp_path / "a.jsonl", ["dog", "", "the fox", "cat", "fox"])
@@ -152,7 +151,7 @@ def test_a_fast_one_that_fails(tmp_path, folder, monkeypatch, capsys):
         def __call__(self, texts):
             raise PanicException("index out\nof bounds")
 
-    monkeypatch.setattr("megalm.tools.preprocess.program.fast_backend", lambda *_: (Failing(), ""))
+    monkeypatch.setattr("megalm.tools.preprocess.job.fast_backend", lambda *_: (Failing(), ""))
     path = json_lines(tmp_path / "a.jsonl", ["dog"])
     assert run("--input", path, "--tokenizer", folder / "llama.model", "--output", tmp_path / "out") == 0
     assert "failing gives other ids for nothing: it fails (index out of bounds)" in capsys.readouterr().err
@@ -170,8 +169,7 @@ def test_a_fast_one_that_fails_after_the_check(tmp_path, folder, monkeypatch, ca
                 raise kind("index out\nof bounds")
             return Reference(right)(texts)
 
-    for module in ("job", "program"):
-        monkeypatch.setattr(f"megalm.tools.preprocess.{module}.fast_backend", lambda *_: (Failing(), ""))
+    monkeypatch.setattr("megalm.tools.preprocess.job.fast_backend", lambda *_: (Failing(), ""))
     monkeypatch.setattr("megalm.tools.preprocess.program.corpus_samples", lambda *_: [Sample("dog")])
     path = json_lines(tmp_path / "a.jsonl", ["dog", "cat"])
     usual = ("--input", path, "--tokenizer", folder / "llama.model")

@@ -1,7 +1,6 @@
 """May the fast tokenizer be used? Only if its ids are the reference's on a sample of this corpus, its strangest documents too."""
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -64,7 +63,7 @@ class Sample:
 def markers(tokenizer: Tokenizer) -> list[str]:
     """The texts that a tokenizer may take for tokens of their own, or may not."""
     if tokenizer.type == "huggingface":
-        return [token["content"] for token in json.loads(tokenizer.files()[0].read_bytes()).get("added_tokens", [])][:400]
+        return tokenizer.added_tokens[:400]
     if tokenizer.type == "sentencepiece":
         import sentencepiece
 
@@ -148,6 +147,21 @@ def oddity(text: str) -> int:
     head = text[:8000]
     rare = sum(unicodedata.category(letter) in RARE for letter in set(head) if letter > "~")
     return rare + 10 * len(ODD.findall(head)) + 5 * len(MARKER.findall(head))
+
+
+def in_shares(samples: Sequence[Sample], count: int) -> Iterator[list[Sample]]:
+    """The samples, in their order, in at most about so many shares of about as much text each."""
+    most = sum(len(sample.text) for sample in samples) // count
+    share: list[Sample] = []
+    size = 0
+    for sample in samples:
+        share.append(sample)
+        size += len(sample.text)
+        if size > most:
+            yield share
+            share, size = [], 0
+    if share:
+        yield share
 
 
 def first_difference(samples: Sequence[Sample], fast: Backend, reference: Reference) -> str | None:

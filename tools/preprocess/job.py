@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalm.data.tokenizer import Tokenizer, TokenizerSource, load_tokenizer
+from megalm.data.tokenizer import Tokenizer
 
-from .backends import Backend, Reference, failure_of, fast_backend
+from .backends import Reference, failure_of, fast_backend
+from .checking import Sample, first_difference
 from .cleaning import Cleaner, Cleaning
 from .duplicates import exact_marks, near_marks
 from .encode import Documents, encode
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """Sent to every worker once. The output depends on these alone, and on the bytes of the sources."""
+    """Known to every worker. The output depends on these and the tokenizer alone, and on the bytes of the sources."""
 
-    tokenizer: TokenizerSource
     policy: Policy
     dtype: str
     folder: str  # for the parts
@@ -39,8 +39,7 @@ class Job:
     sentences: bool = False
     verify: bool = False  # compare the fast backend with the reference on every document
     cleaning: Cleaning = Cleaning()
-    fast: bool = False  # the check has allowed the fast backend
-    short: bool = False  # as fast_backend has it
+    check: bool = False  # may a fast backend be compared, and used if it is equal
 
 
 @dataclass
@@ -58,15 +57,34 @@ class Counts(Found):
 class Worker:
     """Makes parts of units: in this process, or one in each worker process."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer | None = None, fast: Backend | None = None):
-        """Loads the tokenizer, and the fast one if the job has it, unless they are given."""
+    def __init__(self, job: Job, tokenizer: Tokenizer):
+        """The reference tokenizes until `use` says otherwise."""
         self.job, self.dtype = job, np.dtype(job.dtype)
-        tokenizer = tokenizer or load_tokenizer(job.tokenizer)
         self.eod = tokenizer.eod if job.append_eod else None
-        self.reference = Reference(tokenizer)
-        self.fast = (fast or fast_backend(tokenizer, job.short)[0]) if job.fast else None
+        self.reference, self.allowed = Reference(tokenizer), False
+        self.fast, self.why = fast_backend(tokenizer) if job.check else (None, "")
         self.split = split_sentences if job.sentences else None
         self.cleaner = Cleaner(job.cleaning) if job.cleaning.of_text else None
+
+    def fast_one(self) -> tuple[str, str]:
+        """The name of the fast backend, or "" and why there is none."""
+        return ("", self.why) if self.fast is None else (self.fast.name, "")
+
+    def use(self, fast: bool, short: bool) -> None:
+        """`fast`: tokenize with the fast backend, where there is one. `short`: the texts are, as it has it."""
+        self.allowed = fast and self.fast is not None
+        if self.fast is not None:
+            self.fast.short = short
+
+    def compare(self, samples: Sequence[Sample], short: bool) -> str | None:
+        """The first of the samples that the fast backend, which must be there, gives other ids for, in words; None for none."""
+        self.use(True, short)
+        try:
+            return first_difference(samples, self.fast, self.reference)
+        except BaseException as error:
+            if (why := failure_of(error)) is None:
+                raise
+            return f"nothing: it fails ({why})"
 
     def __call__(self, task: Task) -> Iterator[None]:
         """Write the parts of a task; it comes back after each.
@@ -158,14 +176,14 @@ class Worker:
         return ~few & ~many
 
     def _encode(self, texts: list[str], chunk: Chunk, places: list[int], counts: Counts) -> Documents:
-        if self.fast is None:
+        if not self.allowed:
             return encode(texts, self.reference, self.eod, self.dtype, self.split)
         try:
             documents = encode(texts, self.fast, self.eod, self.dtype, self.split)
         except BaseException as error:
             if (why := failure_of(error)) is None:
                 raise
-            self.fast = fast_backend(self.reference.tokenizer, self.job.short)[0]  # what failed in the middle may be broken
+            self.fast = fast_backend(self.reference.tokenizer, self.fast.short)[0]  # what failed in the middle may be broken
             if len(counts.differences) < SHOWN:
                 counts.differences.append(f"{chunk.where(places[0])}, {len(texts)} documents from there on: the fast tokenizer "
                                           f"fails ({why})")

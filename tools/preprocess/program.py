@@ -9,6 +9,8 @@ from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
 import megalm
 from megalm.data.description import FORMAT, description_path, tokenizer_identity
 from megalm.data.errors import DataError
@@ -17,11 +19,10 @@ from megalm.data.tokenizer import Tokenizer, TokenizerSource, guess_source, load
 from megalm.tools._command import counted
 from megalm.tools._progress import Progress
 
-from .backends import Backend, Reference, failure_of, fast_backend
-from .checking import corpus_samples, first_difference, strange_samples
+from .checking import corpus_samples, strange_samples
 from .cleaning import Cleaning
 from .inputs import Source, Unit, describe, file_hash, find_sources, make_units
-from .job import Job, Worker
+from .job import Job
 from .merge import Merger, prepare, publish
 from .pool import Pool
 from .report import Totals, show_problems, summary
@@ -83,12 +84,12 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
     if state.get("complete"):  # some of its files may have their final names already: only to be renamed
         totals, name = Totals.load(state["totals"]), "an earlier run"
     else:
-        job = Job(source, policy, dtype.str, str(work.folder), tuple(sources), arguments.piece_bytes, arguments.append_eod,
-                  arguments.split_sentences, arguments.verify, cleaning_of(arguments))
-        with Pool(job, most_workers(units, job, state.get("next", (0, 0)), arguments.workers)) as pool:
-            fast, short, name = choose(arguments, tokenizer, sources, units, policy)
-            worker = Worker(replace(job, fast=fast is not None, short=short), tokenizer, fast)
-            totals = make_all(units, worker, pool, work, progress)
+        job = Job(policy, dtype.str, str(work.folder), tuple(sources), arguments.piece_bytes, arguments.append_eod,
+                  arguments.split_sentences, arguments.verify, cleaning_of(arguments), arguments.check_documents > 0)
+        workers = most_workers(units, job, state.get("next", (0, 0)), arguments.workers)
+        with Pool(job, tokenizer, workers) as pool:
+            fast, short, name = choose(arguments, pool, units)
+            totals = make_all(units, pool, fast, short, work, progress)
         if not totals.tokens:
             work.clear()
             raise nothing(totals, arguments)
@@ -131,42 +132,36 @@ def cleaning_of(arguments: argparse.Namespace) -> Cleaning:
     return wish
 
 
-def choose(arguments: argparse.Namespace, tokenizer: Tokenizer, sources: Sequence[Source], units: Sequence[Unit],
-           policy: Policy) -> tuple[Backend | None, bool, str]:
-    """(the fast tokenizer if it may be used, are texts short, the name of what is used); says why not, where there is one."""
-    reference = Reference(tokenizer)
-    if not arguments.check_documents:
-        return None, False, reference.name
-    samples = corpus_samples(sources, units, policy, arguments.check_documents) if tokenizer.type != "bytes" else []
+def choose(arguments: argparse.Namespace, pool: Pool, units: Sequence[Unit]) -> tuple[bool, bool, str]:
+    """(may the fast tokenizer be used, are texts short, the name of what is used); says why not, where there is one."""
+    tokenizer, job = pool.tokenizer, pool.job
+    if not job.check or tokenizer.type == "bytes":
+        return False, False, tokenizer.type
+    samples = corpus_samples(job.sources, units, job.policy, arguments.check_documents)
     short = arguments.split_sentences or sum(len(sample.text) for sample in samples) < SHORT * len(samples)
-    fast, why = fast_backend(tokenizer, short)
-    if fast is not None and not samples:
-        fast, why = None, "no document could be read to compare the fast one on"
-    if fast is None:
-        if tokenizer.type != "bytes" and not arguments.quiet:
-            print(f"tokenizing at {reference.name}'s own speed: {why}", file=sys.stderr)
-        return None, False, reference.name
+    fast, why = pool.fast_one()
+    if fast and not samples:
+        fast, why = "", "no document could be read to compare the fast one on"
+    if not fast:
+        if not arguments.quiet:
+            print(f"tokenizing at {tokenizer.type}'s own speed: {why}", file=sys.stderr)
+        return False, False, tokenizer.type
     strange = strange_samples(tokenizer)
-    try:
-        difference = first_difference([*samples, *strange], fast, reference)
-    except BaseException as error:
-        if (why := failure_of(error)) is None:
-            raise
-        difference = f"nothing: it fails ({why})"
+    difference = pool.first_difference([*samples, *strange], short)
     if difference is None:
-        return fast, short, (f"{fast.name} (equal to {reference.name} on {counted(len(samples), 'document')} of these and "
+        return True, short, (f"{fast} (equal to {tokenizer.type} on {counted(len(samples), 'document')} of these and "
                              f"{counted(len(strange), 'strange text')})")
-    print(f"tokenizing at {reference.name}'s own speed: {fast.name} gives other ids for {difference}", file=sys.stderr)
-    return None, False, reference.name
+    print(f"tokenizing at {tokenizer.type}'s own speed: {fast} gives other ids for {difference}", file=sys.stderr)
+    return False, False, tokenizer.type
 
 
-def make_all(units: Sequence[Unit], worker: Worker, pool: Pool, work: Work, progress: Progress) -> Totals:
+def make_all(units: Sequence[Unit], pool: Pool, fast: bool, short: bool, work: Work, progress: Progress) -> Totals:
     """Make the parts that aren't there yet and take all in, in order."""
-    merger = Merger(work, worker.dtype, worker.job.cleaning)
-    tasks = remaining(units, worker.job, merger.next, merger.made, pool.workers)
+    merger = Merger(work, np.dtype(pool.job.dtype), pool.job.cleaning)
+    tasks = remaining(units, pool.job, merger.next, merger.made, pool.workers)
     try:
         with progress:
-            for _ in pool.make(tasks, worker):
+            for _ in pool.make(tasks, fast, short):
                 for size in merger.add_all():
                     progress.add(size)
         assert merger.next == (len(units), 0), f"parts are missing from {merger.next} on, of {len(units)} units"
