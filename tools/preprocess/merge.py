@@ -114,10 +114,12 @@ class Merger:
 
 def copy_bytes(path: Path, ranges: Sequence[tuple[int, int]], target) -> None:
     """Append the bytes [start, end) of a file to another, in the kernel where it can. Raises OSError for a full disk."""
+    begin = target.tell()
     with open(path, "rb", buffering=0) as source:
         for offset, end in ranges:
             while offset < end:
                 offset += os.sendfile(target.fileno(), source.fileno(), offset, min(COPY, end - offset))
+    os.posix_fadvise(target.fileno(), begin, target.tell() - begin, os.POSIX_FADV_DONTNEED)  # begin to bring it to the disk
 
 
 def index_of(folder: Path, dtype: np.dtype) -> Iterator[bytes]:
