@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import json
+import os
 
-from megalm.tools import bench_corpus, bench_corpus_peers, kill_preprocess
+import pytest
+
+from megalm.tools import bench_corpus, bench_corpus_peers, bench_corpus_scaling, kill_preprocess
 from megalm.tools.bench_corpus_peers import same
 from tests.data.helpers import write
 from tests.data.models import make_huggingface, make_sentencepiece
@@ -22,6 +25,27 @@ def test_bench(tmp_path, capsys, monkeypatch):
     assert "times sentencepiece" in capsys.readouterr().out
     assert bench_corpus.main(["--document-bytes", "2000000", *usual, "bytes"]) == 0
     assert "peak_megabytes" in capsys.readouterr().out
+
+
+def test_two_cores(tmp_path, capsys, monkeypatch):
+    """The rounds run, and their ratios are those of the seconds that stand beside."""
+    corpus = json_lines(tmp_path / "a.jsonl", ["word " * 1000] * 100)
+    core = min(os.sched_getaffinity(0))
+    monkeypatch.setattr(bench_corpus_scaling, "two_cores", lambda: [core, core])
+    assert bench_corpus.main(["--corpus", corpus, "--pairs", "1", "--scaling-megabytes", "1", "--no-rivals", "--folder",
+                              str(tmp_path), "--out", str(tmp_path / "r.json"), "--tokenizer", "bytes"]) == 0
+    two = json.loads((tmp_path / "r.json").read_text())["tokenizers"]["bytes"]["two_workers"]
+    seconds = two["seconds"][0]
+    assert (two["megabytes"], two["distinct_megabytes"]) == (1, 1)
+    assert abs(two["times"] - seconds["one_core"] / seconds["two_cores"]) < 0.05
+    assert abs(two["ceiling"] - 2 * seconds["one_core"] / seconds["two_runs_at_once"]) < 0.05
+    assert f"two workers on two cores: {two['times']} times one on one" in capsys.readouterr().out
+
+
+def test_one_core_is_not_two(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    with pytest.raises(ValueError, match="one core can't show what two workers bring"):
+        bench_corpus_scaling.two_cores()
 
 
 def test_the_plain_loop_of_tokenizers(tmp_path):
