@@ -2,8 +2,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a scheduler's Ctrl-C."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,8 +38,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
+@contextlib.contextmanager
+def hearing_sigterm() -> Iterator[None]:
+    """Raises Terminated, wherever the program is, when it is told to end."""
+    def stop(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(parser: Parser, work: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
-    """Parse, work, and turn what the user or the machine did wrong into an exit code."""
+    """Parse, work, and turn what the user or the machine did wrong into an exit code; a signal's too, as a shell reports it."""
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:
@@ -46,6 +65,7 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], int], argv: Sequenc
         return fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
     except ValueError as error:
         return fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:  # its arguments: what is left
+        number, what = (signal.SIGTERM, "stopped by SIGTERM") if isinstance(stop, Terminated) else (signal.SIGINT, "interrupted")
+        print("; ".join((what, *map(str, stop.args))), file=sys.stderr)
+        return 128 + number

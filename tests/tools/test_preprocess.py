@@ -189,9 +189,11 @@ def test_full_disk(tmp_path, capsys, monkeypatch):
     assert "out: No space left on device; nothing was written" in err and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+@pytest.mark.parametrize("number, word", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped by SIGTERM")])
 @pytest.mark.parametrize("moment", ["starting", "working"])
-def test_ctrl_c_with_workers_is_one_word(tmp_path, moment):
-    """The terminal sends it to the workers too, at any moment; what is done is kept, and nothing of it under the final name."""
+def test_a_signal_with_workers_is_one_line(tmp_path, moment, number, word):
+    """The terminal, or a scheduler, sends it to the workers too, at any moment; what is done is kept, and nothing of it under the
+    final name."""
     json_lines(tmp_path / "a.jsonl", ["x" * 3000] * 20_000)
     command = [*PROGRAM, "--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--tokenizer", "bytes",
                "--workers", "2", "--piece-bytes", "20000", "--quiet"]
@@ -199,13 +201,13 @@ def test_ctrl_c_with_workers_is_one_word(tmp_path, moment):
     work = tmp_path / "out.work"
     try:
         wait_for(lambda: len(children(process.pid)) >= 2 if moment == "starting" else list(work.glob("*.part")))
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert (process.returncode, out) == (130, "") and err.splitlines()[-1] == "interrupted"
-    assert err.splitlines()[0] in ("nothing was written", f"what is done is kept in {work}: the same command goes on")
+    assert (process.returncode, out) == (128 + number, "")
+    assert err in (f"{word}; nothing was written\n", f"{word}; what is done is kept in {work}: the same command goes on\n")
     assert {path.name for path in tmp_path.iterdir()} - {"out.work"} == {"a.jsonl"}
 
 

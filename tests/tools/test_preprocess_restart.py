@@ -85,8 +85,10 @@ def test_only_what_is_missing_is_done_again(tmp_path, text, monkeypatch, capsys)
     done = len(list(work.glob("*.part"))) + json.loads((work / "state.json").read_text())["next"][0]
     monkeypatch.setattr(parts.PartWriter, "finish", lambda self, counts: (made.append(1), real(self, counts)))
     assert run("--input", text, "--output", tmp_path / "out", *PIECES) == 0
-    assert done and len(made) + done == -(-Path(text).stat().st_size // 900)
-    assert "going on: " in capsys.readouterr().err
+    size = Path(text).stat().st_size
+    out, err = capsys.readouterr()
+    assert done and len(made) + done == -(-size // 900)
+    assert f"going on: {done * 900 / size:.0%} was done" in err and f"from {size / 1e6:.1f} MB" in out
 
 
 def test_parts_from_before_a_power_cut_are_made_again(tmp_path, text, monkeypatch):
@@ -116,6 +118,7 @@ def test_what_changed_is_named(tmp_path, text, monkeypatch, capsys):
             ((*usual, *PIECES, "--no-append-eod"), "options.append_eod was true and is false"),
             (("--input", text, other, *usual[2:], *PIECES), "b.jsonl is new"),
             (("--input", other, *usual[2:], *PIECES), "a.jsonl is gone"),
+            ((*usual, *PIECES[:2], "--piece-bytes", "901"), "piece_bytes was 900 and is 901"),
     ):
         err = refused(capsys, *arguments)
         assert message in err and "begin anew with --restart" in err

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from megalm.tools._command import run
+from megalm.tools._command import hearing_sigterm, run
 
 from .options import parser
 
@@ -29,9 +29,10 @@ __all__ = ["main", "parser"]
 def _preprocess(arguments: argparse.Namespace) -> int:
     from .program import preprocess  # only now: --help needs no numpy
 
-    return preprocess(arguments)
+    with hearing_sigterm():
+        return preprocess(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 with one line on stderr."""
+    """Returns the exit code: 0, or 2 with one line on stderr; 130 and 143, with one line too, for a Ctrl-C and a SIGTERM."""
     return run(parser(), _preprocess, argv)

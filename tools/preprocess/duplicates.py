@@ -102,7 +102,8 @@ class ExactDuplicates:
 class NearDuplicates:
     """Texts whose signatures agree in a share of their places, looked for among those that agree in a band of eight.
 
-    Memory for each text that stays: 12 bytes a band, 192 together. Its signature, 512 bytes, stays in the file.
+    Memory for each text that stays: 12 bytes a band, 192 together, and 40 more while a band's runs become one. Its signature, 512
+    bytes, stays in the file.
     """
 
     name, why, dtype, width = "near", "near duplicates", "<u4", PERMUTATIONS

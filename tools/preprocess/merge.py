@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from megalm.data.publish import sync_folder, write_atomically
 
 from .cleaning import Cleaning
 from .duplicates import append, wanted
-from .parts import SUFFIX, Part, Place, is_whole, part_path, place_of
+from .parts import SUFFIX, Part, Place, part_path, place_of, whole_part
 from .report import Totals
 from .store import Work
 
@@ -26,9 +26,12 @@ FILES = ("tokens", "lengths", "counts")
 class Merger:
     """Appends parts to the files of a work folder, and makes the data set of them. Goes on from the state that is noted there."""
 
-    def __init__(self, work: Work, dtype: np.dtype, cleaning: Cleaning):
-        """Not for a complete run, whose files may be published already. Raises DataError for files that lack what was noted."""
-        self.work, self.dtype = work, dtype
+    def __init__(self, work: Work, dtype: np.dtype, cleaning: Cleaning, made: Mapping[Place, int]):
+        """`made`: the parts that are `waiting`. Not for a complete run, whose files may be published already.
+
+        Raises DataError for files that lack what was noted.
+        """
+        self.work, self.dtype, self.made = work, dtype, frozenset(made)
         state = work.state() or {"next": (0, 0), "files": {}, "totals": {}}
         self.next, self.totals = tuple(state["next"]), Totals.load(state["totals"])  # unit and number of the next part
         self.files = {name: self._open(name, state["files"].get(name, 0)) for name in FILES}
@@ -39,12 +42,6 @@ class Merger:
         self.taken: list[Path] = []  # since the last note
         self.noted_at = time.monotonic()
         self.broken = False
-        self.made: set[Place] = set()  # already, by an earlier run
-        for path in work.folder.glob(f"*{SUFFIX}"):
-            if place_of(path) < self.next or not is_whole(path):
-                path.unlink()
-            else:
-                self.made.add(place_of(path))
 
     def _open(self, name: str, size: int):
         path = self.work.folder / name
@@ -57,11 +54,14 @@ class Merger:
         return file
 
     def add_all(self) -> Iterator[int]:
-        """Take in all parts that are there, as far as none is missing; comes back after each with the bytes of input it is of."""
+        """Take in all parts that are there, as far as none is missing; comes back after each with the bytes of input it is of,
+        0 for one that was there from the beginning."""
         while (path := part_path(self.work.folder, *self.next)).exists():
-            yield self.add(Part(path))
+            before, part = self.next in self.made, Part(path)
+            self.add(part)
+            yield 0 if before else part.counts["bytes_read"]
 
-    def add(self, part: Part) -> int:
+    def add(self, part: Part) -> None:
         """Take in the next part. Where that fails, some of it may be in the files and the counts: `broken`, never to be noted."""
         self.broken = True
         lengths, counts, sizes = part.array("lengths"), part.array("counts"), part.array("sizes")
@@ -79,7 +79,6 @@ class Merger:
         self.broken = False
         if time.monotonic() - self.noted_at > EVERY:
             self.note()
-        return part.counts["bytes_read"]
 
     def _ranges(self, kept: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> list[tuple[int, int]]:
         """(first byte, byte behind the last) of each run of documents that are kept: no token need be in memory."""
@@ -110,6 +109,18 @@ class Merger:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
+
+
+def waiting(folder: Path, begin: Place) -> dict[Place, int]:
+    """The parts that an earlier run has left, from `begin` on, and the bytes of input that each is of; all else goes."""
+    found = {}
+    for path in folder.glob(f"*{SUFFIX}"):
+        part = whole_part(path)
+        if part is None or place_of(path) < begin:
+            path.unlink()
+        else:
+            found[place_of(path)] = part.counts["bytes_read"]
+    return found
 
 
 def copy_bytes(path: Path, ranges: Sequence[tuple[int, int]], target) -> None:

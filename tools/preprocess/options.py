@@ -26,7 +26,7 @@ def cleaning(result: Parser) -> None:
     add("--deduplicate", action="store_true", help="leave out documents that came before (16 bytes of memory for each other)")
     add("--near-duplicates", type=share, nargs="?", const=0.8, metavar="SIMILARITY",
         help="leave out documents that share so much of their runs of five words with an earlier one: MinHash's estimate (0.8; "
-             "for each other 200 bytes of memory and 512 of disk; of a text of more than 4 million characters the head counts)")
+             "for each other 240 bytes of memory and 512 of disk; of a text of more than 4 million characters the head counts)")
     add("--report", metavar="FILE.json", help="what came in, went out and why; beside it a table (.txt) and the lengths (.png)")
 
 

@@ -83,14 +83,6 @@ class PartWriter:
         os.replace(self.partial, self.path)
 
 
-def is_whole(path: Path) -> bool:
-    """Is a part all there, after whatever has happened to the machine?"""
-    try:
-        return Part(path).boot in ("", boot())
-    except (OSError, ValueError, KeyError, struct.error):
-        return False
-
-
 class Part:
     """A part to read: `counts`, and its arrays by name."""
 
@@ -112,3 +104,12 @@ class Part:
         dtype, offset, size = self.places.get(name, ("|u1", 0, 0))
         count = size // np.dtype(dtype).itemsize
         return np.memmap(self.path, dtype, "r", offset, (count,)) if count else np.zeros(0, dtype)
+
+
+def whole_part(path: Path) -> Part | None:
+    """A part, if it is all there after whatever has happened to the machine."""
+    try:
+        part = Part(path)
+    except (OSError, ValueError, KeyError, struct.error):
+        return None
+    return part if part.boot in ("", boot()) else None

@@ -100,15 +100,22 @@ class Pool:
                                             (self.job, self.tokenizer, os.getpid()))
         try:
             with _without_interrupts():
+                others = multiprocessing.active_children()
                 self._fast_one = self.executor.submit(_InWorker.fast_one)  # the first task starts all processes
-        except BaseException:  # a Ctrl-C: this context is never left
-            self.__exit__()
+                self.processes = [child for child in multiprocessing.active_children() if child not in others]
+        except KeyboardInterrupt as stop:  # this context is never left
+            self.__exit__(type(stop))
             raise
         return self
 
-    def __exit__(self, *_) -> None:
-        if self.executor is not None:
-            self.executor.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None = None, *_) -> None:
+        """Waits for the parts that are in work, but not where somebody wants an end."""
+        if self.executor is None:
+            return
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            for process in self.processes:
+                process.kill()
+        self.executor.shutdown(wait=True, cancel_futures=True)
 
     def fast_one(self) -> tuple[str, str]:
         """The name of the fast tokenizer, or "" and why there is none. Raises DataError where a worker died."""

@@ -9,8 +9,6 @@ from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-
 import megalm
 from megalm.data.description import FORMAT, description_path, tokenizer_identity
 from megalm.data.errors import DataError
@@ -23,7 +21,7 @@ from .checking import corpus_samples, strange_samples
 from .cleaning import Cleaning
 from .inputs import Source, Unit, describe, file_hash, find_sources, make_units
 from .job import Job
-from .merge import Merger, prepare, publish
+from .merge import Merger, prepare, publish, waiting
 from .pool import Pool
 from .report import Totals, show_problems, summary
 from .report_files import check_report, report_paths, write_report
@@ -31,7 +29,7 @@ from .store import Work
 from .tasks import most_workers, remaining
 from .texts import Policy
 
-LAYOUT = 2  # of what lies in PREFIX.work: another version's isn't gone on with
+LAYOUT = 3  # of what lies in PREFIX.work: another version's isn't gone on with
 SHORT = 500  # characters, that a text has in the mean
 
 
@@ -62,7 +60,7 @@ def preprocess(arguments: argparse.Namespace) -> int:
                 kept = f"what is done is kept in {work.folder}: the same command goes on"
             if isinstance(error, OSError):
                 raise DataError(f"{error.filename or arguments.output}: {error.strerror}; {kept}") from error
-            print(kept, file=sys.stderr)
+            error.args = (kept,)
             raise
 
 
@@ -72,13 +70,14 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
     dtype = token_dtype(tokenizer.vocab_size)
     run = {"layout": LAYOUT, "tokenizer": tokenizer_identity(source) | {"eod": tokenizer.eod}, "dtype": str(dtype),
            "versions": versions(tokenizer), "verify": arguments.verify,
-           "unit_bytes": arguments.piece_bytes, "options": options(arguments), "inputs": describe(sources)}
+           "piece_bytes": arguments.piece_bytes, "options": options(arguments), "inputs": describe(sources)}
     goes_on = work.begin(run)
     units = make_units(sources, arguments.piece_bytes)
     policy = Policy(arguments.field, arguments.encoding_errors, arguments.skip_invalid)
     state = work.state() or {}
+    made = waiting(work.folder, tuple(state.get("next", (0, 0))))
     progress = Progress("preprocess", sum(source.size for source in sources), arguments.quiet,
-                        state.get("totals", {}).get("bytes_read", 0))
+                        state.get("totals", {}).get("bytes_read", 0) + sum(made.values()))
     if goes_on and not arguments.quiet:
         print(f"going on: {progress.before / max(1, progress.total):.0%} was done", file=sys.stderr)
     if state.get("complete"):  # some of its files may have their final names already: only to be renamed
@@ -89,7 +88,7 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
         workers = most_workers(units, job, state.get("next", (0, 0)), arguments.workers)
         with Pool(job, tokenizer, workers) as pool:
             fast, short, name = choose(arguments, pool, units)
-            totals = make_all(units, pool, fast, short, work, progress)
+            totals = make_all(units, pool, fast, short, Merger(work, dtype, job.cleaning, made), progress)
         if not totals.tokens:
             work.clear()
             raise nothing(totals, arguments)
@@ -155,9 +154,8 @@ def choose(arguments: argparse.Namespace, pool: Pool, units: Sequence[Unit]) -> 
     return False, False, tokenizer.type
 
 
-def make_all(units: Sequence[Unit], pool: Pool, fast: bool, short: bool, work: Work, progress: Progress) -> Totals:
+def make_all(units: Sequence[Unit], pool: Pool, fast: bool, short: bool, merger: Merger, progress: Progress) -> Totals:
     """Make the parts that aren't there yet and take all in, in order."""
-    merger = Merger(work, np.dtype(pool.job.dtype), pool.job.cleaning)
     tasks = remaining(units, pool.job, merger.next, merger.made, pool.workers)
     try:
         with progress:
@@ -192,7 +190,7 @@ def description(run: dict, totals: Totals, sources: Sequence[Source], units: Seq
         "documents": totals.documents, "sequences": totals.sequences, "tokens": totals.tokens, "bytes": totals.bytes,
         "options": run["options"], "left_out": totals.reasons,
         "sources": [{"name": source.name, "size": source.size,
-                     "hash": file_hash(source, pieces.get(number, empty), run["unit_bytes"])}
+                     "hash": file_hash(source, pieces.get(number, empty), run["piece_bytes"])}
                     for number, source in enumerate(sources)],
     }
     return json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n"
