@@ -17,7 +17,7 @@ from megalm.data.errors import DataError
 from megalm.data.indexed import IndexedReader
 from megalm.data.tokenizer import BytesTokenizer
 from megalm.tools import preprocess
-from megalm.tools.preprocess.job import Job
+from megalm.tools.preprocess.job import Job, Worker
 from megalm.tools.preprocess.pool import Pool
 from megalm.tools.preprocess.tasks import Task
 from megalm.tools.preprocess.texts import Policy
@@ -119,7 +119,7 @@ class Poison:
 
 def test_a_worker_that_dies(tmp_path):
     job = Job(Policy("text"), "<u2", str(tmp_path), (), 1000)
-    with pytest.raises(DataError, match="a worker process died"), Pool(job, BytesTokenizer(), 2) as pool:
+    with pytest.raises(DataError, match="a worker process died"), Pool(Worker(job, BytesTokenizer()), 2) as pool:
         list(pool.make([Task(0, Poison())], False, False))
 
 

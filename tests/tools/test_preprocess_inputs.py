@@ -145,6 +145,14 @@ def test_lines_before_an_offset():
     assert begin_before([b"ab", b"c", b""], 3) == [b"ab"] and begin_before([b"ab", b"c", b""], 4) == [b"ab", b"c"]
 
 
+def test_the_usual_piece_is_small_beside_the_whole():
+    """And never so small or so many that the pieces themselves cost something."""
+    from megalm.tools.preprocess.inputs import Source, usual_piece
+    sizes = (0, 1 << 30, 8 << 30, 1 << 44)
+    found = [usual_piece([Source("a.jsonl", "jsonl", None, size // 2, 0)] * 2) >> 20 for size in sizes]
+    assert found == [16, 16, 32, 64]
+
+
 def test_units_cover_everything_once(tmp_path):
     paths = [json_lines(tmp_path / f"{i}.jsonl", ["x" * i * 10] * 3) for i in range(6)]
     sources = find_sources(paths, None)

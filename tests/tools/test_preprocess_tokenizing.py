@@ -125,7 +125,7 @@ def test_a_fast_one_that_differs(tmp_path, folder, monkeypatch, capsys, verify):
     wrong = lambda *_: (Wrong(Reference(right)), "")  # noqa: E731
     monkeypatch.setattr("megalm.tools.preprocess.job.fast_backend", wrong)
     if verify:
-        monkeypatch.setattr("megalm.tools.preprocess.program.corpus_samples", lambda *_: [Sample("dog")])
+        monkeypatch.setattr("megalm.tools.preprocess.pool.corpus_samples", lambda *_: [Sample("dog")])
     path = json_lines(tmp_path / "a.jsonl", ["dog", "", "the fox", "cat", "fox"])
     usual = ("--input", path, "--tokenizer", folder / "llama.model")
     assert run(*usual, "--output", tmp_path / "out", *["--verify"] * verify) == 0
@@ -170,7 +170,7 @@ def test_a_fast_one_that_fails_after_the_check(tmp_path, folder, monkeypatch, ca
             return Reference(right)(texts)
 
     monkeypatch.setattr("megalm.tools.preprocess.job.fast_backend", lambda *_: (Failing(), ""))
-    monkeypatch.setattr("megalm.tools.preprocess.program.corpus_samples", lambda *_: [Sample("dog")])
+    monkeypatch.setattr("megalm.tools.preprocess.pool.corpus_samples", lambda *_: [Sample("dog")])
     path = json_lines(tmp_path / "a.jsonl", ["dog", "cat"])
     usual = ("--input", path, "--tokenizer", folder / "llama.model")
     assert run(*usual, "--output", tmp_path / "out") == 0

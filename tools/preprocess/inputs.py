@@ -136,6 +136,11 @@ def find_sources(names: Sequence[str], store: Callable[[str], Source], own: Coll
     return [store(path) if is_stream(path) else find_source(path) for path in paths]
 
 
+def usual_piece(sources: Sequence[Source]) -> int:
+    """Bytes of a piece where nobody says: small beside the whole, so that all workers end together, but not many millions."""
+    return min(64 << 20, max(16 << 20, sum(source.size for source in sources) // 256))
+
+
 def spans(number: int, source: Source, unit_bytes: int) -> Iterator[Span]:
     """The parts of one source, in order."""
     if source.kind == "parquet":

@@ -58,17 +58,13 @@ class Worker:
     """Makes parts of units: in this process, or one in each worker process."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer):
-        """The reference tokenizes until `use` says otherwise."""
+        """The reference tokenizes until `use` says otherwise. `why`: there is no fast backend."""
         self.job, self.dtype = job, np.dtype(job.dtype)
         self.eod = tokenizer.eod if job.append_eod else None
         self.reference, self.allowed = Reference(tokenizer), False
         self.fast, self.why = fast_backend(tokenizer) if job.check else (None, "")
         self.split = split_sentences if job.sentences else None
         self.cleaner = Cleaner(job.cleaning) if job.cleaning.of_text else None
-
-    def fast_one(self) -> tuple[str, str]:
-        """The name of the fast backend, or "" and why there is none."""
-        return ("", self.why) if self.fast is None else (self.fast.name, "")
 
     def use(self, fast: bool, short: bool) -> None:
         """`fast`: tokenize with the fast backend, where there is one. `short`: the texts are, as it has it."""

@@ -59,8 +59,9 @@ def parser() -> Parser:
     add("--field", default="text", help="the JSON field, or the column, that holds the text (text)")
     add("--split-sentences", action="store_true", help="each sentence is a sequence of its document, for data of BERT's kind")
     add("--workers", type=positive, default=1, metavar="N", help="processes; the output doesn't depend on it (1)")
-    add("--piece-bytes", type=positive, default=64 << 20, metavar="N",
-        help="of text that a worker does at a time: what is done again, for each, after a stop (67108864)")
+    add("--piece-bytes", type=positive, metavar="N",
+        help="of text that a worker does at a time: what is done again, for each, after a stop (a 256th of the input's bytes, "
+             "but at least 16777216 and at most 67108864)")
     add("--check-documents", type=int, default=2000, metavar="N",
         help="the fast tokenizer is used if it gives the ids of the reference on N documents of the corpus, the longest and "
              "strangest of 64 places among them (2000; parts stand for very long ones); 0: the reference tokenizes")

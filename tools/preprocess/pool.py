@@ -7,14 +7,15 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from megalm.data.errors import DataError
 from megalm.data.tokenizer import Tokenizer
 
-from .checking import Sample, in_shares
+from .checking import Sample, corpus_samples, in_shares
+from .inputs import Unit
 from .job import Job, Worker
 from .tasks import Task
 
@@ -26,20 +27,14 @@ FOR_THE_PARENT = {signal.SIGINT, signal.SIGTERM}
 
 
 class _InWorker:
-    """What a process works with, made by the pool's initializer."""
+    """What a process works with, as the pool's initializer has it."""
 
     worker: Worker
 
     @classmethod
-    def start(cls, job: Job, tokenizer: Tokenizer, parent: int) -> None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before: nobody would send the signal
-            os._exit(1)
-        cls.worker = Worker(job, tokenizer)
-
-    @classmethod
-    def fast_one(cls) -> tuple[str, str]:
-        return cls.worker.fast_one()
+    def start(cls, worker: Worker, parent: int) -> None:
+        end_with(parent)
+        cls.worker = worker
 
     @classmethod
     def compare(cls, samples: Sequence[Sample], short: bool) -> str | None:
@@ -50,6 +45,13 @@ class _InWorker:
         cls.worker.use(fast, short)
         for _ in cls.worker(task):
             pass
+
+
+def end_with(parent: int) -> None:
+    """Let the kernel end this process when its parent ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before: nobody would send the signal
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -80,28 +82,17 @@ def _naming_the_dead() -> Iterator[None]:
                         "if you like") from error
 
 
-class Pool:
-    """So many processes for the check and for the parts of a job; a single one is this process. Used as a context.
+class Forked:
+    """So many processes, forked at once: as long as this process has but one thread. Used as a context."""
 
-    They are forked, as long as this process has but one thread, from the tokenizer that is loaded here; the fast one each makes
-    for itself, while this process looks for samples.
-    """
+    def __init__(self, count: int, initializer: Callable, arguments: tuple):
+        self.executor = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer, arguments)
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, workers: int):
-        self.job, self.tokenizer, self.workers = job, tokenizer, workers
-        self.own: Worker | None = None
-        self.executor: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Pool:
-        if self.workers == 1:
-            self.own = Worker(self.job, self.tokenizer)
-            return self
-        self.executor = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"), _InWorker.start,
-                                            (self.job, self.tokenizer, os.getpid()))
+    def __enter__(self) -> Forked:
         try:
             with _without_interrupts():
                 others = multiprocessing.active_children()
-                self._fast_one = self.executor.submit(_InWorker.fast_one)  # the first task starts all processes
+                self.executor.submit(os.getpid)  # the first task starts them all
                 self.processes = [child for child in multiprocessing.active_children() if child not in others]
         except KeyboardInterrupt as stop:  # this context is never left
             self.__exit__(type(stop))
@@ -109,29 +100,48 @@ class Pool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_) -> None:
-        """Waits for the parts that are in work, but not where somebody wants an end."""
-        if self.executor is None:
-            return
+        """Waits for the tasks that are in work, but not where somebody wants an end."""
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             for process in self.processes:
                 process.kill()
         self.executor.shutdown(wait=True, cancel_futures=True)
 
-    def fast_one(self) -> tuple[str, str]:
-        """The name of the fast tokenizer, or "" and why there is none. Raises DataError where a worker died."""
-        if self.own is not None:
-            return self.own.fast_one()
-        with _naming_the_dead():
-            return self._fast_one.result()
+
+def with_samples(job: Job, tokenizer: Tokenizer, units: Sequence[Unit], documents: int,
+                 workers: int) -> tuple[Worker, list[Sample]]:
+    """(what makes the parts, samples of so many documents); with several workers one looks for these while the other is made."""
+    if workers == 1 or not documents:
+        return Worker(job, tokenizer), corpus_samples(job.sources, units, job.policy, documents) if documents else []
+    with _naming_the_dead(), Forked(1, end_with, (os.getpid(),)) as one:
+        samples = one.executor.submit(corpus_samples, job.sources, units, job.policy, documents)
+        return Worker(job, tokenizer), samples.result()
+
+
+class Pool:
+    """So many processes, with all that a worker has, for the check and for the parts; a single one is this process. Used as a
+    context."""
+
+    def __init__(self, worker: Worker, workers: int):
+        self.worker, self.workers = worker, workers
+        self.forked = Forked(workers, _InWorker.start, (worker, os.getpid())) if workers > 1 else None
+
+    def __enter__(self) -> Pool:
+        if self.forked is not None:
+            self.forked.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.forked is not None:
+            self.forked.__exit__(*error)
 
     def first_difference(self, samples: Sequence[Sample], short: bool) -> str | None:
         """The first of the samples of which the fast tokenizer gives other ids than the reference, in words, or how it fails;
         None for none. `short` as in Worker.use. Raises DataError where a worker died."""
         shares = in_shares(samples, SHARES * self.workers)
-        if self.own is not None:
-            return next(filter(None, (self.own.compare(share, short) for share in shares)), None)
+        if self.forked is None:
+            return next(filter(None, (self.worker.compare(share, short) for share in shares)), None)
         with _naming_the_dead():
-            found = [self.executor.submit(_InWorker.compare, share, short) for share in shares]
+            found = [self.forked.executor.submit(_InWorker.compare, share, short) for share in shares]
             return next(filter(None, [future.result() for future in found]), None)
 
     def make(self, tasks: Iterable[Task], fast: bool, short: bool) -> Iterator[None]:
@@ -139,10 +149,10 @@ class Pool:
 
         `fast`: the check has allowed the fast tokenizer. Raises what a worker raised, DataError if one dies.
         """
-        if self.own is not None:
-            self.own.use(fast, short)
+        if self.forked is None:
+            self.worker.use(fast, short)
             for task in tasks:
-                yield from self.own(task)
+                yield from self.worker(task)
         else:
             yield from self._make(tasks, fast, short)
         yield
@@ -151,7 +161,7 @@ class Pool:
         pending: deque[Future] = deque()
         with _naming_the_dead():
             for task in tasks:
-                pending.append(self.executor.submit(_InWorker.make, task, fast, short))
+                pending.append(self.forked.executor.submit(_InWorker.make, task, fast, short))
                 while len(pending) >= AHEAD * self.workers:
                     await_first(pending)
                     yield

@@ -17,12 +17,12 @@ from megalm.data.tokenizer import Tokenizer, TokenizerSource, guess_source, load
 from megalm.tools._command import counted
 from megalm.tools._progress import Progress
 
-from .checking import corpus_samples, strange_samples
+from .checking import Sample, strange_samples
 from .cleaning import Cleaning
-from .inputs import Source, Unit, describe, file_hash, find_sources, make_units
+from .inputs import Source, Unit, describe, file_hash, find_sources, make_units, usual_piece
 from .job import Job
 from .merge import Merger, prepare, publish, waiting
-from .pool import Pool
+from .pool import Pool, with_samples
 from .report import Totals, show_problems, summary
 from .report_files import check_report, report_paths, write_report
 from .store import Work
@@ -67,12 +67,12 @@ def preprocess(arguments: argparse.Namespace) -> int:
 def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSource, tokenizer: Tokenizer,
                 outputs: Sequence[Path]) -> int:
     sources = find_sources(arguments.input, work.store_stream, outputs)
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype, piece_bytes = token_dtype(tokenizer.vocab_size), arguments.piece_bytes or usual_piece(sources)
     run = {"layout": LAYOUT, "tokenizer": tokenizer_identity(source) | {"eod": tokenizer.eod}, "dtype": str(dtype),
            "versions": versions(tokenizer), "verify": arguments.verify,
-           "piece_bytes": arguments.piece_bytes, "options": options(arguments), "inputs": describe(sources)}
+           "piece_bytes": piece_bytes, "options": options(arguments), "inputs": describe(sources)}
     goes_on = work.begin(run)
-    units = make_units(sources, arguments.piece_bytes)
+    units = make_units(sources, piece_bytes)
     policy = Policy(arguments.field, arguments.encoding_errors, arguments.skip_invalid)
     state = work.state() or {}
     made = waiting(work.folder, tuple(state.get("next", (0, 0))))
@@ -83,11 +83,13 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
     if state.get("complete"):  # some of its files may have their final names already: only to be renamed
         totals, name = Totals.load(state["totals"]), "an earlier run"
     else:
-        job = Job(policy, dtype.str, str(work.folder), tuple(sources), arguments.piece_bytes, arguments.append_eod,
-                  arguments.split_sentences, arguments.verify, cleaning_of(arguments), arguments.check_documents > 0)
+        check = arguments.check_documents if tokenizer.type != "bytes" else 0
+        job = Job(policy, dtype.str, str(work.folder), tuple(sources), piece_bytes, arguments.append_eod,
+                  arguments.split_sentences, arguments.verify, cleaning_of(arguments), check > 0)
         workers = most_workers(units, job, state.get("next", (0, 0)), arguments.workers)
-        with Pool(job, tokenizer, workers) as pool:
-            fast, short, name = choose(arguments, pool, units)
+        worker, samples = with_samples(job, tokenizer, units, check, workers)
+        with Pool(worker, workers) as pool:
+            fast, short, name = choose(arguments, pool, samples)
             totals = make_all(units, pool, fast, short, Merger(work, dtype, job.cleaning, made), progress)
         if not totals.tokens:
             work.clear()
@@ -131,32 +133,29 @@ def cleaning_of(arguments: argparse.Namespace) -> Cleaning:
     return wish
 
 
-def choose(arguments: argparse.Namespace, pool: Pool, units: Sequence[Unit]) -> tuple[bool, bool, str]:
+def choose(arguments: argparse.Namespace, pool: Pool, samples: Sequence[Sample]) -> tuple[bool, bool, str]:
     """(may the fast tokenizer be used, are texts short, the name of what is used); says why not, where there is one."""
-    tokenizer, job = pool.tokenizer, pool.job
-    if not job.check or tokenizer.type == "bytes":
+    worker, tokenizer = pool.worker, pool.worker.reference.tokenizer
+    if not worker.job.check:
         return False, False, tokenizer.type
-    samples = corpus_samples(job.sources, units, job.policy, arguments.check_documents)
     short = arguments.split_sentences or sum(len(sample.text) for sample in samples) < SHORT * len(samples)
-    fast, why = pool.fast_one()
-    if fast and not samples:
-        fast, why = "", "no document could be read to compare the fast one on"
-    if not fast:
+    why = worker.why if worker.fast is None or samples else "no document could be read to compare the fast one on"
+    if why:
         if not arguments.quiet:
             print(f"tokenizing at {tokenizer.type}'s own speed: {why}", file=sys.stderr)
         return False, False, tokenizer.type
     strange = strange_samples(tokenizer)
     difference = pool.first_difference([*samples, *strange], short)
     if difference is None:
-        return True, short, (f"{fast} (equal to {tokenizer.type} on {counted(len(samples), 'document')} of these and "
+        return True, short, (f"{worker.fast.name} (equal to {tokenizer.type} on {counted(len(samples), 'document')} of these and "
                              f"{counted(len(strange), 'strange text')})")
-    print(f"tokenizing at {tokenizer.type}'s own speed: {fast} gives other ids for {difference}", file=sys.stderr)
+    print(f"tokenizing at {tokenizer.type}'s own speed: {worker.fast.name} gives other ids for {difference}", file=sys.stderr)
     return False, False, tokenizer.type
 
 
 def make_all(units: Sequence[Unit], pool: Pool, fast: bool, short: bool, merger: Merger, progress: Progress) -> Totals:
     """Make the parts that aren't there yet and take all in, in order."""
-    tasks = remaining(units, pool.job, merger.next, merger.made, pool.workers)
+    tasks = remaining(units, pool.worker.job, merger.next, merger.made, pool.workers)
     try:
         with progress:
             for _ in pool.make(tasks, fast, short):
