@@ -118,8 +118,9 @@ def table(report: dict) -> str:
             lines += [f"  {rival:<34}{entry['megabytes_a_second']:>8}{entry['times']:>24}{entry['peak_megabytes']:>14}"
                       for rival, entry in result["rivals"].items()]
         if (two := result.get("two_workers")) is not None:
-            lines.append(f"  two workers on two cores: {two['times']} times one on one; two runs at once, one on each core: "
-                         f"{two['ceiling']}; {two['megabytes']} MB, {two['distinct_megabytes']} of them distinct")
+            lines.append(f"  two workers on two cores: {two['times']} times one on one (least of each: {two['times_of_least']}); "
+                         f"two runs at once, one on each core: {two['ceiling']} ({two['ceiling_of_least']}); "
+                         f"{two['megabytes']} MB, {two['distinct_megabytes']} of them distinct")
     lines += [f"one document, {name}: {entry}" for name, entry in report["one_document"].items()]
     return "\n".join(lines)
 

@@ -1,18 +1,22 @@
 """How much faster megalm preprocess is on two cores than on one, and how much faster it could be on this machine.
 
-Everything of the run on one core, threads and all, is held to that core; everything of the run on two, to those two. The ceiling
-is two whole runs at once, one on each core, which share nothing but the machine: twice the time of one over theirs. Of the wall
-seconds of the three, taken one right after the other, ratios are made, and of several such rounds the median counts: neighbours
-on the machine disturb all three alike.
+All of the run on one core, threads and all, is held to that core; all of the run on two, to those two. The ceiling
+is two whole runs at once, one on each core, that share nothing but the machine: twice the time of one over theirs. The three take
+turns, in rounds. `times` and `ceiling` are medians over the rounds of the ratios of wall seconds, `times_of_least` and
+`ceiling_of_least` the ratios of the least of each: neighbours on the machine take from two cores what they needn't take from one.
+How much that is, the processor seconds show, which stand beside.
 """
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from operator import truediv
 from pathlib import Path
 
 BLOCK = 1 << 22
@@ -32,17 +36,17 @@ def started(command: Sequence[str], cores: Sequence[int]) -> subprocess.Popen:
     return subprocess.Popen(command, preexec_fn=lambda: os.sched_setaffinity(0, cores), stdout=subprocess.DEVNULL)
 
 
-def wall(*runs: tuple[list[str], Sequence[int]]) -> float:
-    """Seconds of some commands at once, each on its cores. Raises ValueError if one fails."""
+def measured(*runs: tuple[list[str], Sequence[int]]) -> tuple[float, float]:
+    """Wall and processor seconds of some commands at once, each on its cores. Raises ValueError if one fails."""
     os.sync()  # what the run before has left isn't charged to this one
-    start = time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     processes = [started(command, cores) for command, cores in runs]
     codes = [process.wait() for process in processes]
-    seconds = time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     for (command, _), code in zip(runs, codes, strict=True):
         if code:
             raise ValueError(f"{' '.join(command[:4])} ... ended with exit code {code}")
-    return seconds
+    return round(seconds, 2), round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2)
 
 
 def several(corpus: Path, folder: Path, megabytes: int) -> list[Path]:
@@ -64,17 +68,18 @@ def several(corpus: Path, folder: Path, megabytes: int) -> list[Path]:
 
 
 def rounds(command: Command, folder: Path, count: int) -> dict:
-    """So many rounds: the seconds of each, and the medians of the ratios."""
+    """So many rounds: wall and processor seconds of each, and the ratios."""
     first, second = two_cores()
-    found = []
+    kinds = {"one_core": [(1, [first])], "two_cores": [(2, [first, second])], "two_runs_at_once": [(1, [first]), (1, [second])]}
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for _ in range(count):
-        found.append({"one_core": wall((command(folder / "one", 1), [first])),
-                      "two_cores": wall((command(folder / "one", 2), [first, second])),
-                      "two_runs_at_once": wall((command(folder / "one", 1), [first]), (command(folder / "two", 1), [second]))})
-    return {"seconds": [{name: round(seconds, 2) for name, seconds in entry.items()} for entry in found],
-            "times": median([entry["one_core"] / entry["two_cores"] for entry in found]),
-            "ceiling": median([2 * entry["one_core"] / entry["two_runs_at_once"] for entry in found])}
-
-
-def median(values: Sequence[float]) -> float:
-    return round(statistics.median(values), 2)
+        for kind, runs in kinds.items():
+            with tempfile.TemporaryDirectory(dir=folder) as name:
+                found[kind].append(measured(*((command(Path(name, str(number)), workers), cores)
+                                              for number, (workers, cores) in enumerate(runs))))
+    one, two, both = ([seconds for seconds, _ in found[kind]] for kind in kinds)
+    return {"seconds_and_processor_seconds": found,
+            "times": round(statistics.median(map(truediv, one, two)), 2),
+            "ceiling": round(statistics.median(2 * ratio for ratio in map(truediv, one, both)), 2),
+            "times_of_least": round(min(one) / min(two), 2),
+            "ceiling_of_least": round(2 * min(one) / min(both), 2)}
