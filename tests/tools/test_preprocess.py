@@ -18,7 +18,7 @@ from megalm.data.indexed import IndexedReader
 from megalm.data.tokenizer import BytesTokenizer
 from megalm.tools import preprocess
 from megalm.tools.preprocess.job import Job, Worker
-from megalm.tools.preprocess.pool import Pool
+from megalm.tools.preprocess.pool import Pool, with_samples
 from megalm.tools.preprocess.tasks import Task
 from megalm.tools.preprocess.texts import Policy
 from tests.data.models import make_huggingface, make_sentencepiece
@@ -119,8 +119,14 @@ class Poison:
 
 def test_a_worker_that_dies(tmp_path):
     job = Job(Policy("text"), "<u2", str(tmp_path), (), 1000)
-    with pytest.raises(DataError, match="a worker process died"), Pool(Worker(job, BytesTokenizer()), 2) as pool:
+    with pytest.raises(DataError, match="a worker process died"), Pool(Worker(job, BytesTokenizer()), [], 2) as pool:
         list(pool.make([Task(0, Poison())], False, False))
+
+
+def test_the_process_that_looks_for_samples_dies(tmp_path, monkeypatch):
+    monkeypatch.setattr("megalm.tools.preprocess.pool.corpus_samples", lambda *_: os._exit(1))
+    with pytest.raises(DataError, match="a worker process died"):
+        with_samples(Job(Policy("text"), "<u2", str(tmp_path), (), 1000), BytesTokenizer(), [], 5, workers=2)
 
 
 def test_invalid_lines_are_counted_and_the_first_are_shown(tmp_path, capsys):

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
@@ -23,6 +23,8 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 AHEAD = 3  # tasks a worker that may be done before the one that is waited for
 SHARES = 8  # a worker, of the check's samples: some take longer than others
 MOMENT = 0.5  # seconds between looks at the parts that are there
+DIED = "a worker process died, perhaps for want of memory; the same command goes on, with fewer --workers if you like"
+FORK = multiprocessing.get_context("fork")
 FOR_THE_PARENT = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -30,15 +32,16 @@ class _InWorker:
     """What a process works with, as the pool's initializer has it."""
 
     worker: Worker
+    shares: Sequence[list[Sample]]
 
     @classmethod
-    def start(cls, worker: Worker, parent: int) -> None:
+    def start(cls, worker: Worker, shares: Sequence[list[Sample]], parent: int) -> None:
         end_with(parent)
-        cls.worker = worker
+        cls.worker, cls.shares = worker, shares
 
     @classmethod
-    def compare(cls, samples: Sequence[Sample], short: bool) -> str | None:
-        return cls.worker.compare(samples, short)
+    def compare(cls, share: int, short: bool) -> str | None:
+        return cls.worker.compare(cls.shares[share], short)
 
     @classmethod
     def make(cls, task: Task, fast: bool, short: bool) -> None:
@@ -78,17 +81,56 @@ def _naming_the_dead() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
-        raise DataError("a worker process died, perhaps for want of memory; the same command goes on, with fewer --workers "
-                        "if you like") from error
+        raise DataError(DIED) from error
 
 
-class Forked:
-    """So many processes, forked at once: as long as this process has but one thread. Used as a context."""
+def with_samples(job: Job, tokenizer: Tokenizer, units: Sequence[Unit], documents: int,
+                 workers: int) -> tuple[Worker, list[Sample]]:
+    """(what makes the parts, samples of so many documents); with several workers, a process looks for these meanwhile.
 
-    def __init__(self, count: int, initializer: Callable, arguments: tuple):
-        self.executor = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), initializer, arguments)
+    Raises DataError where that process died.
+    """
+    if workers == 1 or not documents:
+        return Worker(job, tokenizer), corpus_samples(job.sources, units, job.policy, documents) if documents else []
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=_send_samples, args=(sender, os.getpid(), job, units, documents))
+    try:
+        with _without_interrupts():
+            process.start()
+        sender.close()
+        return Worker(job, tokenizer), receiver.recv()
+    except EOFError as error:
+        raise DataError(DIED) from error
+    finally:
+        if process.is_alive():
+            process.kill()
+            process.join()
+        receiver.close()
 
-    def __enter__(self) -> Forked:
+
+def _send_samples(sender, parent: int, job: Job, units: Sequence[Unit], documents: int) -> None:
+    end_with(parent)
+    sender.send(corpus_samples(job.sources, units, job.policy, documents))
+
+
+class Pool:
+    """So many processes for the check and for the parts; a single one is this process. Used as a context.
+
+    They are forked at once, before this process has threads of its own (numpy's mind a fork), and so have all that it has: the
+    tokenizers, and the samples, which nobody sends them.
+    """
+
+    def __init__(self, worker: Worker, samples: Sequence[Sample], workers: int):
+        """`samples`: what `first_difference` compares the fast tokenizer on."""
+        self.worker, self.workers = worker, workers
+        self.shares = list(in_shares(samples, SHARES * workers))
+        self.executor: ProcessPoolExecutor | None = None
+        self.processes: list[multiprocessing.Process] = []
+
+    def __enter__(self) -> Pool:
+        if self.workers == 1:
+            return self
+        self.executor = ProcessPoolExecutor(self.workers, FORK, _InWorker.start, (self.worker, self.shares, os.getpid()))
         try:
             with _without_interrupts():
                 others = multiprocessing.active_children()
@@ -100,48 +142,21 @@ class Forked:
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_) -> None:
-        """Waits for the tasks that are in work, but not where somebody wants an end."""
+        """Waits for the parts that are in work, but not where somebody wants an end."""
+        if self.executor is None:
+            return
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             for process in self.processes:
                 process.kill()
         self.executor.shutdown(wait=True, cancel_futures=True)
 
-
-def with_samples(job: Job, tokenizer: Tokenizer, units: Sequence[Unit], documents: int,
-                 workers: int) -> tuple[Worker, list[Sample]]:
-    """(what makes the parts, samples of so many documents); with several workers one looks for these while the other is made."""
-    if workers == 1 or not documents:
-        return Worker(job, tokenizer), corpus_samples(job.sources, units, job.policy, documents) if documents else []
-    with _naming_the_dead(), Forked(1, end_with, (os.getpid(),)) as one:
-        samples = one.executor.submit(corpus_samples, job.sources, units, job.policy, documents)
-        return Worker(job, tokenizer), samples.result()
-
-
-class Pool:
-    """So many processes, with all that a worker has, for the check and for the parts; a single one is this process. Used as a
-    context."""
-
-    def __init__(self, worker: Worker, workers: int):
-        self.worker, self.workers = worker, workers
-        self.forked = Forked(workers, _InWorker.start, (worker, os.getpid())) if workers > 1 else None
-
-    def __enter__(self) -> Pool:
-        if self.forked is not None:
-            self.forked.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.forked is not None:
-            self.forked.__exit__(*error)
-
-    def first_difference(self, samples: Sequence[Sample], short: bool) -> str | None:
+    def first_difference(self, short: bool) -> str | None:
         """The first of the samples of which the fast tokenizer gives other ids than the reference, in words, or how it fails;
         None for none. `short` as in Worker.use. Raises DataError where a worker died."""
-        shares = in_shares(samples, SHARES * self.workers)
-        if self.forked is None:
-            return next(filter(None, (self.worker.compare(share, short) for share in shares)), None)
+        if self.executor is None:
+            return next(filter(None, (self.worker.compare(share, short) for share in self.shares)), None)
         with _naming_the_dead():
-            found = [self.forked.executor.submit(_InWorker.compare, share, short) for share in shares]
+            found = [self.executor.submit(_InWorker.compare, number, short) for number in range(len(self.shares))]
             return next(filter(None, [future.result() for future in found]), None)
 
     def make(self, tasks: Iterable[Task], fast: bool, short: bool) -> Iterator[None]:
@@ -149,7 +164,7 @@ class Pool:
 
         `fast`: the check has allowed the fast tokenizer. Raises what a worker raised, DataError if one dies.
         """
-        if self.forked is None:
+        if self.executor is None:
             self.worker.use(fast, short)
             for task in tasks:
                 yield from self.worker(task)
@@ -161,7 +176,7 @@ class Pool:
         pending: deque[Future] = deque()
         with _naming_the_dead():
             for task in tasks:
-                pending.append(self.forked.executor.submit(_InWorker.make, task, fast, short))
+                pending.append(self.executor.submit(_InWorker.make, task, fast, short))
                 while len(pending) >= AHEAD * self.workers:
                     await_first(pending)
                     yield

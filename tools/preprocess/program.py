@@ -88,8 +88,9 @@ def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSour
                   arguments.split_sentences, arguments.verify, cleaning_of(arguments), check > 0)
         workers = most_workers(units, job, state.get("next", (0, 0)), arguments.workers)
         worker, samples = with_samples(job, tokenizer, units, check, workers)
-        with Pool(worker, workers) as pool:
-            fast, short, name = choose(arguments, pool, samples)
+        strange = strange_samples(tokenizer) if samples else []
+        with Pool(worker, [*samples, *strange], workers) as pool:
+            fast, short, name = choose(arguments, pool, samples, len(strange))
             totals = make_all(units, pool, fast, short, Merger(work, dtype, job.cleaning, made), progress)
         if not totals.tokens:
             work.clear()
@@ -133,7 +134,7 @@ def cleaning_of(arguments: argparse.Namespace) -> Cleaning:
     return wish
 
 
-def choose(arguments: argparse.Namespace, pool: Pool, samples: Sequence[Sample]) -> tuple[bool, bool, str]:
+def choose(arguments: argparse.Namespace, pool: Pool, samples: Sequence[Sample], strange: int) -> tuple[bool, bool, str]:
     """(may the fast tokenizer be used, are texts short, the name of what is used); says why not, where there is one."""
     worker, tokenizer = pool.worker, pool.worker.reference.tokenizer
     if not worker.job.check:
@@ -144,11 +145,10 @@ def choose(arguments: argparse.Namespace, pool: Pool, samples: Sequence[Sample])
         if not arguments.quiet:
             print(f"tokenizing at {tokenizer.type}'s own speed: {why}", file=sys.stderr)
         return False, False, tokenizer.type
-    strange = strange_samples(tokenizer)
-    difference = pool.first_difference([*samples, *strange], short)
+    difference = pool.first_difference(short)
     if difference is None:
         return True, short, (f"{worker.fast.name} (equal to {tokenizer.type} on {counted(len(samples), 'document')} of these and "
-                             f"{counted(len(strange), 'strange text')})")
+                             f"{counted(strange, 'strange text')})")
     print(f"tokenizing at {tokenizer.type}'s own speed: {worker.fast.name} gives other ids for {difference}", file=sys.stderr)
     return False, False, tokenizer.type
 
