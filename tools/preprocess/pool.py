@@ -20,7 +20,7 @@ from .job import Job, Worker
 from .tasks import Task
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-AHEAD = 3  # tasks a worker that may be done before the one that is waited for
+AHEAD_BYTES, MOST_AHEAD = 192 << 20, 12  # of text, and tasks, a worker, that may be done before the one that is waited for
 SHARES = 8  # a worker, of the check's samples: some take longer than others
 MOMENT = 0.5  # seconds between looks at the parts that are there
 DIED = "a worker process died, perhaps for want of memory; the same command goes on, with fewer --workers if you like"
@@ -174,10 +174,11 @@ class Pool:
 
     def _make(self, tasks: Iterable[Task], fast: bool, short: bool) -> Iterator[None]:
         pending: deque[Future] = deque()
+        ahead = max(3, min(MOST_AHEAD, AHEAD_BYTES // self.worker.job.unit_bytes))  # while this process waits for the disk
         with _naming_the_dead():
             for task in tasks:
                 pending.append(self.executor.submit(_InWorker.make, task, fast, short))
-                while len(pending) >= AHEAD * self.workers:
+                while len(pending) >= ahead * self.workers:
                     await_first(pending)
                     yield
             while pending:
