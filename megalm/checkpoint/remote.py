@@ -17,10 +17,12 @@ from typing import Any
 
 from megalm.checkpoint import sealed
 from megalm.checkpoint.attempts import attempt, told
+from megalm.checkpoint.disk import Disk
 from megalm.checkpoint.find import read_manifest, turn
 from megalm.checkpoint.format import (
     LATEST,
     MANIFEST,
+    NEW_LATEST,
     TEMPORARY_PREFIX,
     index_file,
     latest_text,
@@ -124,6 +126,8 @@ class Remote:
         manifest = read_manifest(folder)
         if not self.has(folder):
             self._complete(folder, manifest, moved)
+        elif self._latest() != manifest["step"]:  # a run that was put back to it
+            self._point_latest(folder)
         try:
             self._retire(manifest["step"], rule, moved)
         except Exception as error:  # each storage's library has its own
@@ -145,9 +149,10 @@ class Remote:
         """Before the checkpoint is one: where it never gets that far, a run goes on from those before it, as this one did."""
         target, content = f"{self._path}/{LATEST}", latest_text(folder.name, sealed.seal_of((folder / MANIFEST).read_bytes()))
         if self._mounted:
-            new = Path(f"{self._path}/{TEMPORARY_PREFIX}{LATEST}")
-            new.write_bytes(content)
-            os.replace(new, target)
+            new, disk = Path(f"{self._path}/{NEW_LATEST}"), Disk()
+            disk.remove(new)
+            disk.write(new, [content])
+            disk.rename(new, Path(target))
         else:
             attempt(lambda: self._files.pipe_file(target, content))
 

@@ -49,6 +49,14 @@ def test_a_rewound_run_goes_on_where_it_was_and_not_at_the_highest_step(url, tmp
     assert wrong(target, values) == []
 
 
+def test_a_run_put_back_to_a_step_that_is_there_says_so_as_it_begins(url, tmp_path):
+    """Before it has saved anything, it may lose its folder."""
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL)), (1, 2, 3), keep=4)
+    performer = Performer(tmp_path / "run/checkpoints", Hasty())
+    copy_here(performer, url, 1, 1, 4)  # which a run does with what it goes on from
+    assert Remote(url).steps() == [1, 3, 2]
+
+
 def test_a_copy_that_never_ends_takes_nothing_back_to_the_other_branch(url, tmp_path, monkeypatch):
     """`latest` is there before its checkpoint is."""
     rewound(tmp_path / "run", url)
