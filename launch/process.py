@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +24,32 @@ def ignored(number: int) -> bool:
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends, so that `descendants` still finds it."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def deepspeed_of(launcher: int) -> int | None:
+    """The `deepspeed` command that started DeepSpeed's launcher of one machine; None where that is no such launcher, or the
+    command ran on another machine."""
+    with contextlib.suppress(OSError, ValueError):
+        parent = int(Path(f"/proc/{launcher}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+        names = [[os.path.basename(word) for word in Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:4]]
+                 for pid in (launcher, parent)]
+        if "deepspeed.launcher.launch" in names[0] and {"deepspeed", "ds", "deepspeed.launcher.runner"} & {*names[1]}:
+            return parent
+    return None
+
+
+def leave_after(pid: int) -> None:
+    """When that process ends, this one, which isn't its child, gets a SIGTERM: save and leave. Raises OSError where it has ended,
+    or the kernel can't tell (before Linux 5.3)."""
+    handle = os.pidfd_open(pid)
+
+    def wait() -> None:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def descendants(root: int) -> list[int]:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import NoReturn
 from megalm.config import ConfigError, load
 from megalm.launch import local, output, rank
 from megalm.launch.gpus import visible_gpus
+from megalm.launch.process import deepspeed_of, leave_after
 from megalm.parallel.process import die_with_parent
 from megalm.parallel.stop import PREEMPTED
 
@@ -69,6 +71,10 @@ def _one_rank(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a lost terminal: the launcher passes it on as SIGTERM
     elif arguments.local_rank is not None or "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
+        command = deepspeed_of(os.getppid())
+        if command is not None:  # on one machine it passes no signal on to the launcher, which would train on without it
+            with contextlib.suppress(OSError):
+                leave_after(command)
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     if visible_gpus() == 0:

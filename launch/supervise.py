@@ -15,7 +15,7 @@ from megalm.launch.output import say
 from megalm.launch.process import descendants, describe_status, end_descendants, ignored
 from megalm.launch.rank import INTERRUPTED, USER_ERROR
 from megalm.parallel.process import SIGNALS
-from megalm.parallel.stop import PREEMPTED, SECOND_SIGINT_SECONDS, preempts
+from megalm.parallel.stop import PREEMPTED, SECOND_SIGNAL_SECONDS, preempts
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0  # from the first failure to SIGKILL for the rest: time for their own last words
@@ -24,6 +24,7 @@ LEAVE_SECONDS = 900.0  # from the first rank that ends well to SIGKILL for the r
 FLUSH_SECONDS = 1.0  # where the job didn't end well: for the last of rank 0's output
 LEFTOVER_SECONDS = 10.0  # for helpers of ranks that ended well (loggers that are still writing)
 TAIL_LINES = 20
+INSIST_SECONDS = SECOND_SIGNAL_SECONDS + 1.0  # from the first signal: the ranks have heard of that one a little later
 
 
 @dataclass
@@ -52,8 +53,9 @@ class RankProcess:
 class Interrupts:
     """SIGINT, SIGTERM, SIGHUP and SIGUSR1 of the launcher while ranks run, as a context manager.
 
-    Each asks the ranks, once, to save and leave. A second SIGINT ends everything at once. One that the launcher was started
-    to ignore (nohup, a shell's background job) stays ignored.
+    The first asks the ranks to save and leave. Two seconds or more later, a second SIGINT ends everything at once, and the
+    ranks are told of a SIGTERM or SIGUSR1. One that the launcher was started to ignore (nohup, a shell's background job) stays
+    ignored.
     """
 
     SIGNALS = SIGNALS
@@ -62,6 +64,7 @@ class Interrupts:
         self.first: float | None = None
         self.by_a_person = False
         self.at_once = False
+        self.insisted = False
 
     def __enter__(self) -> Interrupts:
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS if not ignored(number)}
@@ -76,8 +79,9 @@ class Interrupts:
         if self.first is None:
             self.first = now
             self.by_a_person = not preempts(number)
-        elif number == signal.SIGINT and now - self.first >= SECOND_SIGINT_SECONDS:
-            self.at_once = True
+        elif now - self.first >= SECOND_SIGNAL_SECONDS:
+            self.at_once |= number == signal.SIGINT
+            self.insisted |= preempts(number)
 
 
 def supervise(ranks: Sequence[RankProcess], interrupts: Interrupts) -> int:
@@ -103,6 +107,9 @@ def supervise(ranks: Sequence[RankProcess], interrupts: Interrupts) -> int:
             _signal_all(ranks, signal.SIGTERM)
             say("stopping: the ranks save and leave at the next step (Ctrl-C again ends them at once)")
             patience.at_most(STOP_SECONDS, "they were asked to save and leave")
+        if interrupts.insisted and time.monotonic() >= interrupts.first + INSIST_SECONDS:
+            interrupts.insisted = False
+            _signal_all(ranks, signal.SIGTERM)
         if interrupts.at_once or time.monotonic() >= patience.end:
             if first is None and not interrupts.at_once:
                 running = ", ".join(str(rank) for rank in ranks if rank.status is None)

@@ -75,16 +75,25 @@ def train(config: Config, stop: StopSignal) -> int:
         if groups.rank == 0:
             with contextlib.suppress(OSError):
                 Path(config.train.dir, EXIT_CODE).unlink(missing_ok=True)
-        return _leave(config, groups, _train(config, groups, tokenizer, kernels, stop))
+        try:
+            code = _train(config, groups, tokenizer, kernels, stop)
+        except Exception as error:  # of any rank: the others may be about to be killed
+            _note_code(config, USER_ERROR if isinstance(error, USER_ERRORS) else FAILED)
+            raise
+        return _leave(config, groups, code)
 
 
 def _leave(config: Config, groups: Groups, code: int) -> int:
     """All ranks leave together, and the exit code is in train.dir before any launcher sees one of them end."""
     if groups.rank == 0:
-        with contextlib.suppress(OSError):  # a full disk, which the code may be about
-            Path(config.train.dir, EXIT_CODE).write_text(f"{code}\n")
+        _note_code(config, code)
     groups.leave()
     return code
+
+
+def _note_code(config: Config, code: int) -> None:
+    with contextlib.suppress(OSError):  # a full disk, which the code may be about
+        Path(config.train.dir, EXIT_CODE).write_text(f"{code}\n")
 
 
 def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[str], stop: StopSignal) -> int:
@@ -301,7 +310,7 @@ def _steps(run: Run, first: int) -> int:
 
 def _last_save(run: Run, done: int, eval_loss: float | None, asked: int) -> None:
     """Save what nothing would save later: a failure (a writer that was killed, a full disk) is met with a second attempt. Then
-    wait for copies elsewhere, unless the ranks must leave at once, or are asked to stop meanwhile.
+    wait for copies elsewhere, unless the ranks must leave at once, or are asked to stop, or once more, meanwhile.
 
     Raises CheckpointError when the second attempt fails too.
     """
@@ -319,7 +328,7 @@ def _last_save(run: Run, done: int, eval_loss: float | None, asked: int) -> None
             run.logger.note(str(error))
         if run.saver.saved == done:
             break
-    run.saver.copies.finish(lambda: asked == PREEMPTION or run.stop.kind > asked)
+    run.saver.copies.finish(lambda: asked == PREEMPTION or run.stop.kind > asked or run.stop.insisted)
 
 
 def _stopped(run: Run, why: str, first: int) -> int:

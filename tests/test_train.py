@@ -282,6 +282,21 @@ def test_bad_steps_in_a_row_stop_the_run(layout, tmp_path):
     assert all(torch.isfinite(value).all() for value in kept.values())
 
 
+def break_down(engine, context):
+    """The last rank meets an error that nobody has foreseen."""
+    if engine.groups.rank == engine.groups.world_size - 1:
+        engine.train_step = None
+
+
+def test_an_error_of_any_rank_is_in_exit_code(tmp_path):
+    path = training.write_config(tmp_path, parallel={"pp": 2})
+    training.start(2, path, "train.stop_at=1")
+    assert (tmp_path / "run/exit_code").read_text() == "0\n"
+    with pytest.raises(dist.RankFailed, match="'NoneType' object is not callable"):
+        training.start(2, path, changes=(break_down,))
+    assert (tmp_path / "run/exit_code").read_text() == "1\n"
+
+
 def spoil_loss(engine, context):
     """The third step's loss is NaN on every rank although its gradients are finite."""
     run = engine.driver.train
@@ -378,6 +393,7 @@ def test_changed_seed_is_refused_unless_allowed(tmp_path):
     training.start(1, path, "train.stop_at=2")
     code, said = training.start(1, path, "train.seed=99", "optimizer.lr=0.1", "batch.global=4")[0]
     assert code == 2 and all(key in said for key in ("train.seed", "optimizer.lr", "batch.global"))
+    assert (tmp_path / "run/exit_code").read_text() == "2\n"
     assert training.start(1, path, "train.seed=99", "checkpoint.allow_changes=true")[0][0] == 0
     code, said = training.start(1, path, "checkpoint.resume=never")[0]
     assert code == 2 and "checkpoint.resume" in said

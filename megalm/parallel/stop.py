@@ -1,9 +1,9 @@
 """Stopping together: a signal to any rank becomes a decision of all of them at the end of a step.
 
 SIGINT, SIGHUP (a lost terminal, which torchrun passes on), SIGTERM and SIGUSR1 (a cluster that takes its machines back: Slurm's
---signal) ask for a polite stop: save, then leave. A second SIGINT two seconds or more after the first ends the process at
-once; a SIGTERM after the first signal changes nothing, because DeepSpeed's launcher sends both. A signal that the process was
-started to ignore (nohup) stays ignored.
+--signal) ask for a polite stop: save, then leave. Two seconds or more after the first, a second SIGINT ends the process at once,
+and a SIGTERM or SIGUSR1 says that the cluster won't wait for what the next run can do; sooner, they change nothing, because
+launchers send several. A signal that the process was started to ignore (nohup) stays ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PREEMPTED = 75
 """The exit code of a job that its cluster stopped and that would go on: sysexits.h's EX_TEMPFAIL, "try again later"."""
 GOING_ON, POLITE, PREEMPTION = range(3)
 """What ranks were asked, the highest of all of them counting: nothing, to stop by a person, to stop by the cluster."""
-SECOND_SIGINT_SECONDS = 2.0  # terminals and impatient fingers repeat a Ctrl-C; only a later one means "at once"
+SECOND_SIGNAL_SECONDS = 2.0  # terminals, launchers and impatient fingers repeat a signal; only a later one means more
 
 
 class StopSignal:
@@ -26,7 +26,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._first: float | None = None
-        self._kind = GOING_ON
+        self._kind, self._insisted = GOING_ON, False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -44,8 +44,10 @@ class StopSignal:
         if self._first is None:
             self._first = now
             self._kind = PREEMPTION if preempts(number) else POLITE
-        elif number == signal.SIGINT and now - self._first >= SECOND_SIGINT_SECONDS:
-            os._exit(128 + number)  # the user insists: no atexit, no collective that might wait for others
+        elif now - self._first >= SECOND_SIGNAL_SECONDS:
+            if number == signal.SIGINT:
+                os._exit(128 + number)  # the user insists: no atexit, no collective that might wait for others
+            self._insisted |= preempts(number)
 
     @property
     def asked(self) -> bool:
@@ -56,6 +58,11 @@ class StopSignal:
     def kind(self) -> int:
         """What this rank was asked first."""
         return self._kind
+
+    @property
+    def insisted(self) -> bool:
+        """Whether the cluster asked later, too."""
+        return self._insisted
 
 
 def preempts(number: int) -> bool:

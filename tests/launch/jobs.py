@@ -81,6 +81,18 @@ def wait_for_signal(config_path, overrides):
     return 0
 
 
+def wait_until_the_cluster_insists(config_path, overrides):
+    """As a run whose last copy elsewhere takes long."""
+    from megalm.parallel.stop import PREEMPTED, StopSignal
+
+    folder, rank = _place(config_path, overrides)
+    with StopSignal() as stop:
+        _note(folder, rank, "pid", os.getpid())
+        while not stop.insisted:
+            time.sleep(0.02)
+    return PREEMPTED
+
+
 def never_leave(config_path, overrides):
     """Ignores every polite signal; leaves a grandchild in a session of its own."""
     folder, rank = _place(config_path, overrides)

@@ -129,6 +129,16 @@ def test_a_second_ctrl_c_ends_at_once(launcher):
 
 
 @warm
+def test_a_cluster_s_signal_after_a_ctrl_c_reaches_the_ranks(launcher):
+    process = launcher.start_all("wait_until_the_cluster_insists")
+    os.kill(process, signal.SIGINT)
+    time.sleep(2.2)
+    assert exists(process)
+    os.kill(process, signal.SIGTERM)
+    assert launcher.wait(process, 20) == 0 and "failed" not in launcher.stderr
+
+
+@warm
 def test_a_polite_stop_that_hangs_has_an_end(launcher):
     launcher.settings = {(supervise, "STOP_SECONDS"): 1.0}
     process = launcher.start_all("never_leave")

@@ -163,7 +163,7 @@ def test_share_is_a_partition():
 def _signalled(*sent: tuple[int, float], ignored: tuple[int, ...] = (), answers: bool = False) -> tuple[int, bool]:
     """(exit status, still running when asked) of a child that gets these signals after these waits.
 
-    It was started to ignore some, and exits with 7 once it is asked to stop if it `answers`.
+    It was started to ignore some, and exits with 7 once it is asked to stop if it `answers`, with 8 once the cluster insists.
     """
     child = os.fork()
     if child == 0:
@@ -175,6 +175,8 @@ def _signalled(*sent: tuple[int, float], ignored: tuple[int, ...] = (), answers:
                 time.sleep(0.05)
                 if answers and stop.asked:
                     os._exit(7)
+                if stop.insisted:
+                    os._exit(8)
         os._exit(0)
     time.sleep(0.3)
     for number, wait in sent:
@@ -192,7 +194,8 @@ def _signalled(*sent: tuple[int, float], ignored: tuple[int, ...] = (), answers:
 def test_one_signal_is_polite_and_a_late_second_sigint_is_final():
     assert _signalled((signal.SIGINT, 0)) == (0, True)
     assert _signalled((signal.SIGINT, 0), (signal.SIGINT, 0.2)) == (0, True)
-    assert _signalled((signal.SIGINT, 0), (signal.SIGTERM, 2.2)) == (0, True)
+    assert _signalled((signal.SIGINT, 0), (signal.SIGTERM, 0.2)) == (0, True)
+    assert _signalled((signal.SIGINT, 0), (signal.SIGTERM, 2.2)) == (8, False)
     assert _signalled((signal.SIGINT, 0), (signal.SIGINT, 2.2)) == (130, False)
 
 
