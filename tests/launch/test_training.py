@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from megalm.checkpoint import find
 from megalm.checkpoint.disk import Disk
 from megalm.launch.process import descendants
@@ -64,10 +62,9 @@ def test_a_rank_killed_in_the_middle_of_training(launcher):
     assert not any(exists(process) for process in below)
 
 
-@pytest.mark.parametrize("program", ["torchrun", "deepspeed"])
-def test_run_py_trains_under_other_launchers(launcher, program):
+def test_run_py_trains_under_torchrun(launcher):
     config = training.write_config(launcher.folder, parallel={"pp": 2}, train={"dir": str(launcher.folder / "run"), "steps": 2})
-    assert launcher.run("", command=[*two_ranks(program), "--config", str(config)]) == 0, launcher.stderr
+    assert launcher.run("", command=[*two_ranks("torchrun"), "--config", str(config)]) == 0, launcher.stderr
     assert steps_done(launcher) == [1, 2] and find(launcher.folder / "run").name == "step_00000002"
     assert "step 2/2 | loss" in launcher.stdout and "Traceback" not in launcher.stderr + launcher.log(1)
 
@@ -81,6 +78,39 @@ def test_torchrun_hides_the_exit_code_and_train_dir_has_it(launcher):
     os.kill(pid, signal.SIGTERM)
     assert launcher.wait(pid, 60) == 1, launcher.stderr
     assert (folder / "exit_code").read_text() == "75\n" and saved_where_it_stopped(launcher)
+
+
+def ranks_under_deepspeed(pid: int) -> list[int]:
+    commands = {process: Path(f"/proc/{process}/cmdline").read_text().split("\0") for process in descendants(pid)}
+    return [process for process, words in commands.items() if words[2:3] == [str(dist.ROOT / "launch/run.py")]]
+
+
+def losses(launcher: Launcher) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_metrics(launcher.folder / "run")}
+
+
+def test_deepspeed_ends_with_a_rank_and_the_ranks_with_deepspeed(launcher):
+    """A rank that is killed takes the run down, and the same command goes on bitwise. `deepspeed` itself is gone at once when it
+    is told to stop, and tells nobody, but the ranks notice, save and leave."""
+    folder = launcher.folder / "run"
+    config = training.write_config(launcher.folder, parallel={"pp": 2}, train={"dir": str(folder), "steps": 100_000})
+    command = [*two_ranks("deepspeed"), "--config", str(config), "checkpoint.every=6", "checkpoint.async=false"]
+    pid = launcher.start("", command=command)
+    wait_until(lambda: len(steps_done(launcher)) >= 1, 180)
+    below, ranks = descendants(pid), ranks_under_deepspeed(pid)
+    wait_until(lambda: len(steps_done(launcher)) >= 7, 120)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert launcher.wait(pid, 30) == 256 - 9, launcher.stderr
+    assert len(ranks) == 2 and not any(map(exists, below))
+    lost = losses(launcher)
+    pid = launcher.start("", command=command)
+    wait_until(lambda: "going on from step 6" in launcher.stdout and max(steps_done(launcher)) > max(lost), 180)
+    below = descendants(pid)
+    os.kill(pid, signal.SIGTERM)
+    assert launcher.wait(pid, 5) == -signal.SIGTERM
+    wait_until(lambda: not any(map(exists, below)), 30)
+    assert (folder / "exit_code").read_text() == "75\n" and saved_where_it_stopped(launcher)
+    assert losses(launcher).items() > lost.items()
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
