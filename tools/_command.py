@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 
@@ -40,10 +41,13 @@ def positive(text: str) -> int:
 
 @contextlib.contextmanager
 def hearing_sigterm() -> Iterator[None]:
-    """Raises Terminated, wherever the program is, when it is told to end."""
+    """Raises Terminated, wherever the program is, when it is told to end; in the main thread alone, as Python has it."""
     def stop(*_):
         raise Terminated
 
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
