@@ -12,6 +12,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+# A process of tests a core, four at most as each has ranks of its own; who is done takes half of what another has left.
+PARALLEL ?= -n $(shell nproc) --maxprocesses 4 --dist worksteal
 STAMP := .venv/.complete
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -20,7 +22,7 @@ quickstart: .venv
 	.venv/bin/python -m megalm.tools.quickstart
 
 test: .venv
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 lint: .venv
 	.venv/bin/ruff check .
