@@ -9,6 +9,7 @@ setup.py uses the same functions. An object is compiled again only when its sour
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -18,10 +19,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +40,7 @@ TARGETS = {
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=default", "-Xptxas=-v", "--expt-relaxed-constexpr"]
 GXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-DMEGALM_SHIM", "-Wall", "-Wno-unknown-pragmas", "-Wno-sign-compare", "-x", "c++"]
 SANITIZE = ["-fsanitize=address", "-g1", "-O1"]  # -g1: lines, and a third less to compile
+MANY = 4  # files of a build, from which on reading their common headers once is worth it
 NO_NVCC = "no nvcc on PATH or under /usr/local/cuda"
 
 
@@ -115,7 +119,7 @@ def build_shim(folder: Path, sanitize: bool = False, csrc: Path = CSRC, only: st
         raise BuildError("no g++ on PATH")
     extra = SANITIZE if sanitize else []
     files = [*sorted({*csrc.glob(f"{only}*.cu"), csrc / "error.cu"}), *sorted((csrc / "shim").glob("*.cpp"))]
-    objects = _compile(["g++", *GXX_FLAGS, *extra, f"-I{csrc}"], files, _version("g++"), report)
+    objects = _compile(["g++", *GXX_FLAGS, *extra, f"-I{csrc}"], files, _version("g++"), report, begin="common/common.cuh")
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / "libmegalm_shim.so"
     _link(["g++", "-shared", *extra, *map(str, objects)], library)
@@ -128,33 +132,62 @@ def sanitizer() -> list[str]:
     return ["env", f"LD_PRELOAD={runtime}", "ASAN_OPTIONS=detect_leaks=0"]
 
 
-def _compile(compiler: Sequence[str], files: Sequence[Path], version: str, report: Callable[[str], None]) -> list[Path]:
-    """Objects of the files, in the cache, a file a core at a time; what a compiler said of each is beside it as .log."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    largest_first = sorted(files, key=lambda file: -file.stat().st_size)  # a long one that began last would be waited for
-    finished, speaking = count(1), Lock()
+def _compile(compiler: Sequence[str], files: Sequence[Path], version: str, report: Callable[[str], None],
+             begin: str = "") -> list[Path]:
+    """Objects of the files, in the cache, a file a core at a time; what a compiler said of each is beside it as .log.
 
-    def compile_one(source: Path) -> Path:
-        root = source.parent if source.suffix == ".cu" else source.parents[1]
-        # What is included counts, not where the tree lies: a copy of it with one file changed compiles that file alone.
-        flags = [word for word in compiler if not word.startswith("-I")]
-        built = CACHE / f"{source.stem}-{_digest([version, *flags], [source, *_included(source, root)])}.o"
-        if built.exists():
-            next(finished)
-            return built
-        start, partial = time.monotonic(), built.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
-        done = subprocess.run([*compiler, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
-        if done.returncode:
-            raise BuildError(f"{source.name} does not compile:\n{done.stderr.strip()}")
-        built.with_suffix(".log").write_text(done.stderr)
-        partial.replace(built)
+    begin: a header that every file includes, which g++ then reads once for all of them where they are many. Processes that want
+    the same objects share the work.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    objects = {file: _object(compiler, file, version) for file in files}
+    missing = [file for file in files if not objects[file].exists()]
+    finished, speaking = count(len(files) - len(missing) + 1), Lock()
+
+    def compile_one(source: Path) -> None:
+        built = objects[source]
+        with _locked(built.with_suffix(".lock")):
+            if built.exists():  # another process made it meanwhile
+                next(finished)
+                return
+            start, partial = time.monotonic(), built.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
+            done = subprocess.run([*compiler, *first, "-c", str(source), "-o", str(partial)], capture_output=True, text=True)
+            if done.returncode:
+                raise BuildError(f"{source.name} does not compile:\n{done.stderr.strip()}")
+            built.with_suffix(".log").write_text(done.stderr)
+            partial.replace(built)
         with speaking:
             report(f"{next(finished)} of {len(files)}: compiled {source.name} in {time.monotonic() - start:.0f} s")
-        return built
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = dict(zip(largest_first, pool.map(compile_one, largest_first), strict=True))
+    missing.sort(key=lambda file: -file.stat().st_size)  # a long one that began last would be waited for
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        first = _precompiled(compiler, begin, Path(folder)) if begin and len(missing) >= MANY else []
+        list(pool.map(compile_one, missing))
     return [objects[file] for file in files]
+
+
+def _object(compiler: Sequence[str], source: Path, version: str) -> Path:
+    """Where the source's object is kept. What is included counts, not where the tree lies: of a copy of it with one file changed
+    that file alone is compiled."""
+    root = source.parent if source.suffix == ".cu" else source.parents[1]
+    flags = [word for word in compiler if not word.startswith("-I")]
+    return CACHE / f"{source.stem}-{_digest([version, *flags], [source, *_included(source, root)])}.o"
+
+
+def _precompiled(compiler: Sequence[str], begin: str, folder: Path) -> list[str]:
+    """Flags by which g++ has read `begin` before a source; none where it can't be compiled, which the sources will show."""
+    header = folder / "begin.h"
+    header.write_text(f'#include "{begin}"\n')
+    done = subprocess.run([*compiler, "-x", "c++-header", str(header), "-o", f"{header}.gch"], capture_output=True)
+    return [] if done.returncode else ["-include", str(header)]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process, and one thread of it, at a time."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _included(source: Path, root: Path) -> list[Path]:

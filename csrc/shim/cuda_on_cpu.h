@@ -48,7 +48,8 @@ template <class Body> void launch(dim3 grid, dim3 size, size_t shared_bytes, con
     state().error = "invalid launch configuration";
     return;
   }
-  const std::string error = run_grid(grid, size, shared_bytes, body, cluster);
+  const auto run = [](const void *it) { (*static_cast<const Body *>(it))(); };
+  const std::string error = run_grid(grid, size, shared_bytes, &body, run, cluster);
   if (error.empty()) return;
   pending() = cudaErrorLaunchFailure;
   state().error = error;

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from megalm.ops.attention import attention
 from megalm.ops.kernels.attention import portable
 from megalm.ops.library import Library
 from megalm.ops.random import ATTENTION_SCORES, DropoutKey
-from megalm.tools.build_kernels import CSRC, GXX_FLAGS
 from megalm.tools.kernel_cases.accuracy import randn
 
 KEY = DropoutKey(1234, 5, 3, ATTENTION_SCORES)
@@ -129,13 +126,11 @@ MISTAKES = (
 )
 
 
-def test_the_shim_sees_mistakes(tmp_path):
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
+def test_the_shim_sees_mistakes(build_with_shim, tmp_path):
     source, built = tmp_path / "mistakes.cpp", tmp_path / "mistakes.so"
     bodies = "\n".join(f"    case {number}: {body} break;" for number, (body, _) in enumerate(MISTAKES))
     source.write_text(KERNEL.replace("BODIES", bodies))
-    subprocess.run(["g++", *GXX_FLAGS, "-shared", f"-I{CSRC}", str(source), "-o", str(built)], check=True)
+    build_with_shim(source, built, "-shared")
     run = ctypes.CDLL(str(built)).run
     run.restype = ctypes.c_char_p
     found = [run(number).decode() for number in range(len(MISTAKES))]

@@ -15,7 +15,7 @@ import torch
 from megalm.ops import kernels, library
 from megalm.ops.library import Operation
 from megalm.ops.norm import norm
-from megalm.tools.build_kernels import CSRC, GXX_FLAGS, build_shim
+from megalm.tools.build_kernels import CSRC, build_shim
 
 
 def operations() -> list[Operation]:
@@ -98,7 +98,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_the_shim_catches(what, tmp_path):
+def test_the_shim_catches(what, build_with_shim, tmp_path):
     """What hangs or is undefined on a GPU is an error with its block here."""
     body, message = PLANTED[what]
     source = f"""#include "common/common.cuh"
@@ -111,7 +111,7 @@ def test_the_shim_catches(what, tmp_path):
         }}"""
     file = tmp_path / "planted.cpp"
     file.write_text(source)
-    subprocess.run(["g++", *GXX_FLAGS, f"-I{CSRC}", str(file), "-o", str(tmp_path / "planted")], check=True)
+    build_with_shim(file, tmp_path / "planted")
     assert message in subprocess.run([str(tmp_path / "planted")], capture_output=True, text=True, check=True, timeout=60).stdout
 
 
