@@ -87,8 +87,8 @@ CORPUS = ["gigatoken>=0.10", "zstandard>=0.23", "pyarrow>=18", "rensa>=0.5", "py
 # checkpoint.remote s3://...; of a release it wants fsspec's of the same name
 S3 = ["s3fs>=2024.6"]
 # moto without its extra [server], which brings what its other services need; an S3 server takes flask and flask-cors
-TESTS = ["pytest>=8", "pytest-xdist>=3.6", "transformers>=4.50", "tensorboard>=2.15", "wandb>=0.17", "ruff>=0.12", *S3, "moto[s3]>=5.1",
-         "flask>=3", "flask-cors>=5"]
+TESTS = ["pytest>=8", "pytest-xdist>=3.6", "transformers>=4.50", "tensorboard>=2.15", "wandb>=0.17", "ruff>=0.12", *S3,
+         "moto[s3]>=5.1", "flask>=3", "flask-cors>=5"]
 
 setup(
     name="megalm",
