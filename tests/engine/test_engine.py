@@ -27,7 +27,7 @@ class Overflowing:
 
     def __init__(self, scaler):
         self.deepspeed = SimpleNamespace(optimizer=DeepSpeedZeroOptimizer(scaler), get_global_grad_norm=lambda: math.inf,
-                                         **dict.fromkeys(COUNTERS, 0))
+                                         gradient_accumulation_steps=lambda: 1, **dict.fromkeys(COUNTERS, 0))
 
     def train(self, step, batches, scale, before_step):
         optimizer = self.deepspeed.optimizer
