@@ -40,12 +40,13 @@ class RankFailed(AssertionError):
 
 
 def run(
-    job: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, threads: int = 1, group: bool = True, **kwargs: Any
+    job: Callable[..., Any], world_size: int, *args: Any, timeout: float = 180, threads: int = 1, group: bool = True,
+    **kwargs: Any,
 ) -> list[Any]:
     """`[job(rank, world_size, *args, **kwargs) for rank in range(world_size)]`, each on its own process.
 
     `job` must be importable by name. `group=False` leaves torch.distributed alone: plain warm processes.
-    Raises RankFailed as soon as one rank fails, or after `timeout` seconds.
+    Raises RankFailed as soon as one rank fails, or after `timeout` seconds, which are many by default: cores may be shared.
     """
     name = f"{job.__module__}:{job.__qualname__}"
     assert "<locals>" not in name, f"{name}: a job must be a function at the top of its module"

@@ -48,7 +48,7 @@ def test_a_rank_killed_in_the_middle_of_training(launcher):
     launcher.settings = {}
     write_config(launcher, steps=100_000)
     pid = launcher.start("")
-    wait_until(lambda: len(steps_done(launcher)) >= 3, 60)
+    wait_until(lambda: len(steps_done(launcher)) >= 3, 120)
     below = descendants(pid)
     os.kill(ranks_of(pid)[1], signal.SIGKILL)
     start = time.monotonic()
@@ -76,7 +76,7 @@ def test_torchrun_hides_the_exit_code_and_train_dir_has_it(launcher):
     wait_until(lambda: len(steps_done(launcher)) >= 2, 90)
     assert not (folder / "exit_code").exists()
     os.kill(pid, signal.SIGTERM)
-    assert launcher.wait(pid, 60) == 1, launcher.stderr
+    assert launcher.wait(pid) == 1, launcher.stderr
     assert (folder / "exit_code").read_text() == "75\n" and saved_where_it_stopped(launcher)
 
 
@@ -149,16 +149,16 @@ def fill_the_disk(launcher: WarmLauncher, disk: Path) -> None:
     (launcher.folder / "run").symlink_to(disk)
     write_config(launcher, steps=100_000)
     pid = launcher.start("", "checkpoint.every=3")
-    wait_until(lambda: list(disk.glob("checkpoints/step_*")) != [], 60)
+    wait_until(lambda: list(disk.glob("checkpoints/step_*")) != [], 120)
     with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
         while True:
             filler.write(bytes(4096))
-    assert launcher.wait(pid, 60) == 2, launcher.stderr
+    assert launcher.wait(pid) == 2, launcher.stderr
     saved = int(find(disk).name[-8:])
     assert [lines_about_the_disk(launcher, saved + more) for more in (3, 6, 9, 12)] == [1, 1, 1, 0], "three in a row end it"
     (disk / "filler").unlink()
     launcher.start("", f"train.stop_at={saved + 3}")
-    assert launcher.wait(launcher.pids[-1], 60) == 0, launcher.stderr
+    assert launcher.wait(launcher.pids[-1]) == 0, launcher.stderr
     assert f"going on from step {saved}" in launcher.stdout
 
 
@@ -169,16 +169,16 @@ def on_a_small_disk(_rank: int, _world: int, folder: Path, disk: Path) -> None:
 
 def test_a_disk_that_becomes_full(tmp_path):
     with mounted(tmp_path / "small", "4m") as disk:
-        dist.run(on_a_small_disk, 1, tmp_path, disk, group=False, timeout=120)
+        dist.run(on_a_small_disk, 1, tmp_path, disk, group=False, timeout=300)
 
 
 @warm
 def test_ctrl_c_saves_and_the_same_command_goes_on(launcher):
     write_config(launcher, steps=100_000)
     pid = launcher.start("")
-    wait_until(lambda: len(steps_done(launcher)) >= 2, 60)
+    wait_until(lambda: len(steps_done(launcher)) >= 2, 120)
     os.killpg(pid, signal.SIGINT)
-    assert launcher.wait(pid, 60) == 0, launcher.stderr
+    assert launcher.wait(pid) == 0, launcher.stderr
     done = steps_done(launcher)[-1]
     assert f"stopped after step {done} of 100000" in launcher.stdout
     assert launcher.run("", f"train.stop_at={done + 2}", "logging.every=1") == 0, launcher.stderr
@@ -189,7 +189,7 @@ def pre_empt(launcher: WarmLauncher, number: int, to_a_rank: bool) -> None:
     """Train on from wherever the run is, with a checkpoint on its way more often than not, until this signal."""
     before = max(steps_done(launcher), default=0)
     pid = launcher.start("", "checkpoint.every=2")
-    wait_until(lambda: len(steps_done(launcher)) >= before + 3, 60)
+    wait_until(lambda: len(steps_done(launcher)) >= before + 3, 120)
     below = descendants(pid)
     os.kill(ranks_of(pid)[2] if to_a_rank else pid, number)
     assert launcher.wait(pid, 30) == 75, launcher.stderr
@@ -209,7 +209,7 @@ def test_a_pre_empted_run_saves_within_30_seconds_and_says_so_by_its_exit_code(l
 def lose_the_terminal(launcher: WarmLauncher, pid: int, step: int) -> str:
     """Hang up after that step, as when ssh is lost; returns what was on the terminal."""
     shown = []
-    wait_until(lambda: shown.append(launcher.shown()) or len(steps_done(launcher)) >= step, 60)
+    wait_until(lambda: shown.append(launcher.shown()) or len(steps_done(launcher)) >= step, 120)
     os.close(launcher.terminal)
     return "".join(shown)
 
@@ -221,7 +221,7 @@ def test_a_lost_terminal_saves(launcher):
     pid = launcher.start_on_terminal("")
     assert "tokens/s" in lose_the_terminal(launcher, pid, step=3)
     below = descendants(pid)
-    assert launcher.wait(pid, 60) == 0, launcher.log(0)
+    assert launcher.wait(pid) == 0, launcher.log(0)
     assert saved_where_it_stopped(launcher)
     assert not any(exists(process) for process in below)
 
@@ -232,7 +232,7 @@ def test_a_lost_terminal_does_not_end_a_run_under_nohup(launcher):
     launcher.ignored = (signal.SIGHUP,)
     pid = launcher.start_on_terminal("")
     lose_the_terminal(launcher, pid, step=3)
-    assert launcher.wait(pid, 60) == 0, launcher.log(0)
+    assert launcher.wait(pid) == 0, launcher.log(0)
     assert steps_done(launcher) == list(range(1, 41)) and "stopped" not in launcher.log(0)
     assert "step 40 | validation loss" in launcher.log(0)
 
@@ -245,7 +245,7 @@ def test_ctrl_c_saves_though_it_ends_the_reader_of_a_pipe(launcher):
     wait_until(lambda: len(steps_done(launcher)) >= 2, 90)
     below = descendants(pid)
     os.killpg(pid, signal.SIGINT)
-    launcher.wait(pid, 60)
+    launcher.wait(pid)
     assert saved_where_it_stopped(launcher)
     assert "step " in Path(launcher.folder, "copy").read_text()
     assert not any(exists(process) for process in below)
@@ -256,7 +256,7 @@ def test_a_second_job_in_the_same_folder_is_refused(launcher):
     """And changes nothing of the first; a killed job leaves the folder free at once."""
     write_config(launcher, steps=100_000)
     pid = launcher.start("", "checkpoint.every=2")
-    wait_until(lambda: len(steps_done(launcher)) >= 3, 60)
+    wait_until(lambda: len(steps_done(launcher)) >= 3, 120)
     with WarmLauncher(launcher.folder / "second", launcher.config) as second:
         second.folder.mkdir()
         assert second.run("") == 2
