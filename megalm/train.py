@@ -121,7 +121,7 @@ def _train(config: Config, groups: Groups, tokenizer: Tokenizer, kernels: list[s
         if config.checkpoint.every and config.checkpoint.async_:
             saver.write_in_background(groups.device)
         if source.path is not None and not source.weights_only:
-            saver.copies.offer(source.step)  # which the run before may have had to leave here
+            saver.copies.offer(source.step, earlier=True)  # which the run before may have had to leave here
         return _loop(Run(config, groups, engine, loader, valid, logger, stop, saver, source.consumed), source.step)
 
 
@@ -222,7 +222,7 @@ def _nothing_to_do(groups: Groups, config: Config, step: int, stop: StopSignal) 
     if config.checkpoint.remote is not None:
         copies = checkpoint.uploads_of(config.train.dir, groups, config, _tell if groups.rank == 0 else lambda line: None)
         with contextlib.closing(copies):
-            copies.offer(step)
+            copies.offer(step, earlier=True)
             copies.finish(lambda: stop.kind != GOING_ON)
     if groups.rank == 0:
         asked, key = _last_step(config), "train.steps"

@@ -12,10 +12,14 @@ PAUSES = (1.0, 5.0)
 """Seconds before what failed is tried again. Each storage's own package has tried several times by then."""
 REFUSALS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
+NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "CredentialUnavailableError"}
+"""What packages raise where there are none; that some couldn't be got just now is another matter."""
+
 
 def refused(error: Exception) -> bool:
     """Whether the storage, or its package, said no, rather than nothing of use: without credentials, for one."""
-    return isinstance(error, REFUSALS) or "Credential" in type(error).__name__
+    return (isinstance(error, REFUSALS) or type(error).__name__ in NO_CREDENTIALS
+            or (isinstance(error, OSError) and error.errno == errno.EROFS))
 
 
 def attempt(work: Callable[[], T]) -> T:

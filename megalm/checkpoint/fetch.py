@@ -30,7 +30,7 @@ PART = TEMPORARY_PREFIX + "part"
 def fetch_missing(run_folder: str | Path, url: str, resume: str, report: Report, damaged: Sequence[Path] = (),
                   tell: Report = lambda line: None) -> Path | None:
     """Copy from checkpoint.remote what a run would go on from, were it whole here; returns it. Where none is whole here, that is
-    the newest there. The settings that it ran with come along, for a run that is finished and writes none.
+    what a run would go on from there. The settings that it ran with come along, for a run that is finished and writes none.
 
     `damaged`: those that loading has found so; one that is so twice was fetched in vain. `tell` hears of what takes long.
     Raises CheckpointError for a URL that can't be, or that can't be written, or that doesn't answer when it is needed.
@@ -73,7 +73,7 @@ def _wanted(root: Path, damaged: Sequence[Path]) -> tuple[list[str], list[int] |
 
 def _reach(remote: Remote, report: Report, must: bool) -> None:
     """Find out before the training, and not after its first hours, whether checkpoints can be copied there. Where the storage
-    only doesn't answer, and what the run goes on from is here (not `must`), it may later."""
+    only doesn't answer, and what the run goes on from is here (not `must`), it may later. By rank 0, for its own machine."""
     try:
         attempt(remote.check)
     except Exception as error:  # each storage's library has its own
@@ -85,7 +85,7 @@ def _reach(remote: Remote, report: Report, must: bool) -> None:
 
 def fetch(remote: Remote, root: Path, report: Report, steps: Iterable[int] | None = None, *, vain: Collection[int] = (),
           disk: Disk | None = None, tell: Report = lambda line: None) -> Path | None:
-    """Copy the first of these steps (default: of all but the `vain` ones, the newest first) that is complete and sound there
+    """Copy the first of these steps (default: all but the `vain` ones, in Remote.steps' order) that is complete and sound there
     into `root`, as a checkpoint like those made there; None where none is.
 
     One with a file that is lost, or isn't what was written, is skipped with a line. `tell` hears of what takes long. Raises

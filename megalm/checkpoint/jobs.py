@@ -18,9 +18,6 @@ from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.retain import Retention, retire
 from megalm.checkpoint.sealed import CheckpointError
 
-POINTING = "pointing latest to it"
-"""What fails after a checkpoint has got its name."""
-
 
 @dataclass
 class Answer:
@@ -60,14 +57,14 @@ class Performer:
         if problem:
             return Answer(problem)
         rule, notes = Retention(**retention), []
-        problem = self._attempt(POINTING, lambda: point_latest(self.root, self.disk))
+        problem = self._attempt("pointing latest to it", lambda: point_latest(self.root, self.disk))
         problem = problem or self._attempt(
             "deleting old ones", lambda: notes.extend(retire(self.root, step, rule, self.disk, needed)))
         return Answer(problem, notes)
 
-    def withdraw(self, url: str, step: int) -> Answer:
+    def withdraw(self, url: str, step: int, again: bool = False) -> Answer:
         """Before any rank replaces a file of that step's checkpoint on other storage, it is none there any more."""
-        return Answer(_copy(url, lambda remote: remote.withdraw(self.root / step_name(step))))
+        return Answer(_copy(url, lambda remote: remote.withdraw(self.root / step_name(step), again)))
 
     def upload(self, url: str, step: int, rank: int, ranks: int) -> Answer:
         """Copy one of `ranks` shares of a whole checkpoint's rank files to other storage."""

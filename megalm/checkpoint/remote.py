@@ -9,6 +9,7 @@ large files go in parts is up to fsspec's package for the storage. Nothing here 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from megalm.checkpoint.format import (
     step_of,
 )
 from megalm.checkpoint.retain import Retention
-from megalm.checkpoint.sealed import CheckpointError
+from megalm.checkpoint.sealed import CheckpointError, DamagedError
 
 BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"})
 """Kinds of storage whose folders are but names, and where making one would make a bucket of a mistyped name."""
@@ -62,19 +63,31 @@ class Remote:
         return "file" in self._kinds
 
     def check(self) -> None:
-        """Write, read and delete a small file, as every copy has to."""
+        """Write, read and delete a small file, list, and look for what isn't there, as every copy has to."""
         name, content = f"{self._path}/{TEMPORARY_PREFIX}{secrets.token_hex(8)}", b"megalm was here"
         self._make_folder(self._path)
-        self._files.pipe_file(name, content)
-        found = self._files.cat_file(name)
-        self._files.rm_file(name)
+        try:
+            self._files.pipe_file(name, content)
+            found = self._files.cat_file(name)
+            self._files.rm_file(name)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._files.rm_file(name)
+            raise
         if found != content:
             raise OSError(f"of {content!r}, which was written there, {found!r} was read")
+        self._found()
+        self._exists(name)
 
     def has(self, folder: Path) -> bool:
         """Whether this very checkpoint is complete there."""
         there = self._manifest(folder.name)
         return self._exists(there) and self._files.cat_file(there) == (folder / MANIFEST).read_bytes()
+
+    def _lacks(self, folder: Path) -> bool:
+        """Whether a file is missing there, or of another size."""
+        files = read_manifest(folder)["files"].items()
+        return any(self._size(f"{self._path}/{folder.name}/{name}") != stated["bytes"] for name, stated in files)
 
     def upload(self, folder: Path, names: list[str], moved: Callable[[], None] = lambda: None) -> None:
         """Copy these files of a whole checkpoint's folder. `moved` is called whenever some bytes are there.
@@ -84,27 +97,31 @@ class Remote:
         for name in names:
             there = f"{folder.name}/{name}"
             try:
-                self._make_folder(f"{self._path}/{there}".rpartition("/")[0])
                 attempt(lambda name=name, there=there: self._put(folder / name, f"{self._path}/{there}", moved))
             except Exception as error:  # each storage's library has its own
                 raise CheckpointError(f"{self.url}/{there}: {told(error)}") from error
             moved()
 
     def _put(self, path: Path, target: str, moved: Callable[[], None]) -> None:
-        """Copy one file. On a file system that is mounted here, fsspec's way gives no sign of life until it is done."""
+        """Copy one file. On a file system that is mounted here, fsspec's way gives no sign of life until it is done, and leaves
+        half of a file under its name where it ends early."""
         from fsspec.callbacks import Callback
 
+        self._make_folder(target.rpartition("/")[0])
         if not self._mounted:
             part = self._files.storage_options.get("default_block_size")
             more = {"chunksize": max(int(part), -(-path.stat().st_size // MOST_PARTS))} if part else {}
             self._files.put_file(str(path), target, callback=Callback(hooks={"moved": lambda *_, **__: moved()}), **more)
             return
-        with open(path, "rb") as source, open(target, "wb") as copy:
+        part = Path(target).with_name(TEMPORARY_PREFIX + path.name)
+        with open(path, "rb") as source, open(part, "wb") as copy:
             while block := source.read(sealed.BLOCK_BYTES):
                 copy.write(block)
                 moved()
             copy.flush()
             os.fsync(copy.fileno())
+        os.replace(part, target)
+        Disk().sync_folder(part.parent)
 
     def upload_share(self, folder: Path, rank: int, ranks: int, moved: Callable[[], None] = lambda: None) -> None:
         """Copy every `ranks`-th pair of rank files from the `rank`-th on; nothing where the checkpoint is there already."""
@@ -112,9 +129,13 @@ class Remote:
             numbers = range(rank, read_manifest(folder)["world_size"], ranks)
             self.upload(folder, [name for number in numbers for name in (rank_file(number), index_file(number))], moved)
 
-    def withdraw(self, folder: Path) -> None:
-        """What is there of this step, unless it is this very checkpoint, is none any more: its files are about to be replaced."""
-        if not self.has(folder) and self._exists(self._manifest(folder.name)):
+    def withdraw(self, folder: Path, again: bool = False) -> None:
+        """What is there of this step, unless it is this very checkpoint, is none any more: its files are about to be replaced.
+
+        `again`: even if it is this very one, by its checkpoint.json. The same run says the same when it comes to a step again,
+        as it does where what was there had been damaged.
+        """
+        if self._exists(self._manifest(folder.name)) and (again or not self.has(folder) or self._lacks(folder)):
             self._files.rm_file(self._manifest(folder.name))
 
     def complete(self, folder: Path, rule: Retention, moved: Callable[[], None] = lambda: None) -> list[str]:
@@ -153,6 +174,7 @@ class Remote:
             disk.remove(new)
             disk.write(new, [content])
             disk.rename(new, Path(target))
+            disk.sync_folder(new.parent)
         else:
             attempt(lambda: self._files.pipe_file(target, content))
 
@@ -190,12 +212,19 @@ class Remote:
     def _retire(self, step: int, rule: Retention, moved: Callable[[], None]) -> None:
         """Of the steps up to this one, which are all that this run copies until the next, what isn't kept."""
         found = sorted(number for number in self._found() if number <= step)
-        whole = [(number, self._loss(number)) for number in found if self._exists(self._manifest(step_name(number)))]
+        whole = []
+        for number in found:
+            with contextlib.suppress(DamagedError):
+                if self._exists(self._manifest(step_name(number))):
+                    whole.append((number, self._loss(number)))
         for number in sorted(set(found) - rule.kept(whole)):
+            place = f"{self._path}/{step_name(number)}"
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._manifest(step_name(number)))  # first: what is left is none any more
             with contextlib.suppress(FileNotFoundError):
-                self._files.rm(f"{self._path}/{step_name(number)}", recursive=True)
+                self._files.rm(place, recursive=True)
+            if left := self._files.find(place):  # S3's package says nothing of files that may not be deleted
+                raise OSError(f"{left[0]} is still there")
             moved()
         self._end_uploads(step)
 
@@ -205,17 +234,22 @@ class Remote:
             return
         bucket, key, _ = self._files.split_path(self._path)
         prefix = f"{key}/" if key else ""
-        with contextlib.suppress(PermissionError):  # a right of its own, which a run can do without: README.md
+        try:
             answer = self._files.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}step_")
             for upload in answer.get("Uploads", []):
                 number = step_of(upload["Key"].removeprefix(prefix).partition("/")[0])
                 if number is not None and number <= step:
                     with contextlib.suppress(FileNotFoundError):
                         self._files.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+        except OSError as error:  # a right of its own, and an operation that not all have, which a run can do without: README.md
+            if not isinstance(error, PermissionError) and error.errno != errno.ENOSYS:
+                raise
 
     def _loss(self, step: int) -> float | None:
         content: Any = sealed.parse(self.manifest(step), Path(step_name(step)))
-        return content.get("eval_loss") if isinstance(content, dict) else None
+        if not isinstance(content, dict) or content.get("step") != step:
+            raise DamagedError(f"{MANIFEST} of {step_name(step)} isn't one")
+        return content.get("eval_loss")
 
     def _manifest(self, name: str) -> str:
         return f"{self._path}/{name}/{MANIFEST}"

@@ -60,6 +60,7 @@ class Uploads:
         self._root, self._groups, self._url, self._retention, self._report = root, groups, url, retention, report
         self._step: int | None = None
         self._waiting: int | None = None
+        self._earlier: int | None = None
         self._phase: str | None = None
         self._answer: Answer | None = None
         self._process: Writer | None = None
@@ -79,10 +80,13 @@ class Uploads:
             return BUSY
         return FAILED if self._answer.problem else DONE
 
-    def offer(self, step: int) -> None:
-        """Copy this whole checkpoint, once the one on its way is there; one that waits gives way."""
+    def offer(self, step: int, earlier: bool = False) -> None:
+        """Copy this whole checkpoint, once the one on its way is there; one that waits gives way. `earlier`: an earlier run
+        saved it, and may have copied it."""
         if self._url is None:
             return
+        if earlier or step == self._earlier:
+            self._earlier = step if earlier else None
         if self._phase is None:
             self._step = step
             self._begin(WITHDRAW)
@@ -151,7 +155,8 @@ class Uploads:
             self._answer = Answer()
             return
         jobs: dict[str, dict[str, Any]] = {
-            WITHDRAW: {}, UPLOAD: {"rank": groups.rank, "ranks": groups.world_size}, COMPLETE: {"retention": self._retention}}
+            WITHDRAW: {"again": self._step != self._earlier}, UPLOAD: {"rank": groups.rank, "ranks": groups.world_size},
+            COMPLETE: {"retention": self._retention}}
         try:
             self._process = self._process or Writer(self._root, 0, COPIES)
         except OSError as error:
@@ -170,8 +175,7 @@ class Uploads:
 
     def _stop(self, why: str) -> None:
         self._report(self._left(self._step, why))
-        if self._process is not None and self._process.busy:
-            self.close()
+        self.close()  # also one that has answered: it would keep credentials that have expired
 
     def _left(self, step: int, why: str) -> str:
         return f"{step_name(step)} isn't in {self._url}, only in {self._root}: {why}"

@@ -1,6 +1,7 @@
 """An S3 server: moto's, in a thread of the tests' process, that counts what is asked and gets into trouble when it is told to."""
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections import Counter
@@ -121,8 +122,8 @@ class _Quiet(MotoRequestHandler):
 
 def use(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     """These variables, and no other that S3's libraries look at, for this process and those that it starts."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -11,7 +12,8 @@ from megalm.checkpoint.fetch import fetch
 from megalm.checkpoint.jobs import Performer
 from megalm.checkpoint.remote import Remote
 from megalm.checkpoint.retain import Retention
-from tests.checkpoint.fakes import SMALL, Hasty, draw, engines, save_all
+from megalm.checkpoint.uploads import Uploads
+from tests.checkpoint.fakes import SMALL, Crew, Hasty, draw, engines, save_all
 from tests.checkpoint.test_layouts import load_all, succeed, wrong
 from tests.checkpoint.test_remote import copy_here, save_there
 
@@ -117,6 +119,10 @@ def test_leftovers_that_cannot_be_deleted_are_a_line_and_the_copy_is_there(url, 
     [note] = remote.complete(folder, Retention(keep=1))
     assert note == f"step_00000002 is in {url}, but older ones could not be deleted there: " \
         "PermissionError: Permission denied (the folder)"
+    # As S3's package does of files that it may not delete.
+    monkeypatch.setattr(remote._files, "rm", lambda *_, **__: None, raising=False)
+    [note] = remote.complete(folder, Retention(keep=1))
+    assert note.endswith("step_00000001/rank_00000.json is still there")
     assert remote.steps() == [2]
 
 
@@ -132,6 +138,80 @@ def test_a_fetched_run_has_its_settings_too(url, tmp_path):
     assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["checkpoints", "config.json", "plan.json"]
 
 
-def test_the_place_is_tried_before_a_run_and_left_as_it_was(url, tmp_path):
+def test_a_step_that_is_saved_again_replaces_what_was_damaged_though_checkpoint_json_is_the_same(url, tmp_path):
+    """Which says nothing of the time: a run that comes to a step again says the same of it."""
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL)), (1, 2))
+    manifest = (tmp_path / "run/checkpoints/step_00000002/checkpoint.json").read_bytes()
+    files, path = fsspec.core.url_to_fs(url)
+    content = bytearray(files.cat_file(f"{path}/step_00000002/rank_00000.safetensors"))
+    content[-1] ^= 1
+    put(url, "step_00000002/rank_00000.safetensors", bytes(content))
+    lines: list[str] = []
+    assert fetch(Remote(url), tmp_path / "run2/checkpoints", lines.append).name == "step_00000001"
+    assert lines[0].startswith(f"skipped {url}/step_00000002")
+    succeed(save_all(tmp_path / "run2", 2, engines(SMALL, draw(SMALL))))
+    assert (tmp_path / "run2/checkpoints/step_00000002/checkpoint.json").read_bytes() == manifest
+    copy_again(Performer(tmp_path / "run2/checkpoints", Hasty()), url, 2)
+    assert fetch(Remote(url), tmp_path / "other/checkpoints", print).name == "step_00000002"
+
+
+def copy_again(performer: Performer, url: str, step: int) -> None:
+    """As Uploads has it done of what this run has saved, and not of what it goes on from."""
+    asked: list[bool] = []
+
+    def job(groups):
+        for earlier in (True, False):
+            copies = Uploads(performer.root, groups, url, {"keep": 4}, print)
+            copies._process = SimpleNamespace(send=lambda job, url, step, again: asked.append(again))
+            copies.offer(step, earlier)
+
+    succeed(Crew(1).run(job))
+    assert asked == [False, True]
+    assert performer.withdraw(url, step, again=True).problem is None
+    copy_here(performer, url, step, 1, 4)
+
+
+def test_a_step_of_an_earlier_run_is_copied_where_files_of_it_are_lost_and_else_not(url, tmp_path):
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL)), (1, 2))
+    performer, (files, path) = Performer(tmp_path / "run/checkpoints", Hasty()), fsspec.core.url_to_fs(url)
+    before = files.info(f"{path}/step_00000002/checkpoint.json")
+    copy_here(performer, url, 2, 1, 4)
+    assert files.info(f"{path}/step_00000002/checkpoint.json") == before
+    files.rm_file(f"{path}/step_00000002/rank_00000.safetensors")
+    copy_here(performer, url, 2, 1, 4)
+    assert fetch(Remote(url), tmp_path / "other/checkpoints", print).name == "step_00000002"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}\n", b"not JSON"])
+def test_a_checkpoint_json_that_cannot_be_read_keeps_nothing_from_going(url, tmp_path, content):
+    """It is none, so what keep leaves is counted without it, and it goes with the older ones."""
+    save_there(tmp_path / "run", url, engines(SMALL, draw(SMALL)), (1, 2, 3), keep=4)
+    put(url, "step_00000002/checkpoint.json", content)
+    assert Remote(url).complete(tmp_path / "run/checkpoints/step_00000003", Retention(keep=2)) == []
+    assert there(url) == {"latest", "step_00000001", "step_00000003"}
+
+
+def test_the_place_is_tried_before_a_run_and_left_as_it_was(url, tmp_path, monkeypatch):
+    tried: list[str] = []
+    files = Remote(url)._files  # the one of all that have this URL
+    for name in ("pipe_file", "cat_file", "rm_file"):
+        monkeypatch.setattr(files, name, traced(getattr(files, name), tried, name), raising=False)
     assert fetch_missing(tmp_path / "run", url, "auto", print) is None
+    assert tried[:3] == ["pipe_file", "cat_file", "rm_file"] and there(url) == set()
+
+
+def traced(method, calls: list[str], name: str):
+    def call(*args, **words):
+        calls.append(name)
+        return method(*args, **words)
+    return call
+
+
+def test_a_place_that_cannot_be_read_is_left_as_it_was(url, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "that file")
+
+    monkeypatch.setattr(Remote(url)._files, "cat_file", refuse, raising=False)
+    with pytest.raises(CheckpointError, match="can't be written: PermissionError: Permission denied"):
+        fetch_missing(tmp_path / "run", url, "auto", print)
     assert there(url) == set()

@@ -84,7 +84,8 @@ def test_a_run_goes_on_from_s3_in_an_empty_folder_under_another_layout(server, b
     assert train(2, environment, path, "parallel.pp=2") == [(0, "")] * 2
     found = losses(tmp_path / "run")
     assert found.keys() == {4} and all(abs(found[step] - expected[step]) < 1e-5 for step in found)
-    assert Remote(f"s3://{bucket}/run").steps() == [4, 3], "the damaged one has been replaced"
+    fetched = fetch(Remote(f"s3://{bucket}/run"), tmp_path / "again/checkpoints", print)
+    assert fetched.name == "step_00000004", "the damaged one has been replaced"
 
 
 def large(folder, url: str) -> Performer:
@@ -232,6 +233,12 @@ def test_no_way_in_is_one_line_before_anything_starts(server, bucket, tmp_path, 
     succeed(save_all(tmp_path / "run", 1, engines(SMALL, draw(SMALL))))
     with pytest.raises(CheckpointError, match="can't be written: PermissionError: as told: AccessDenied; checkpoint.remote=null"):
         fetch_missing(tmp_path / "run", f"s3://{bucket}/run", "auto", lines.append)
+    server.calm()
+    server.trouble("ListObjects", "AccessDenied")
+    with pytest.raises(CheckpointError, match="can't be written: PermissionError: as told: AccessDenied"):
+        fetch_missing(tmp_path / "run", f"s3://{bucket}/run", "auto", lines.append)
+    server.calm()
+    assert objects(bucket) == []
     cloud.use(monkeypatch, cloud.keyless(server.endpoint))
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(CheckpointError, match="can't be written: NoCredentialsError: Unable to locate credentials"):

@@ -43,7 +43,7 @@ def check_tied(source: str, heads: Sequence[Callable[[], Tensor]], embeddings: S
     """The output layers beside the embeddings of each tp rank, if there are any, are the same weights: some programs write them
     twice. A look at the first rows tells. Raises CheckpointError."""
     for head, embedding in zip(heads, embeddings, strict=False):
-        if not torch.equal(head()[:ROWS], embedding()[:ROWS]):
+        if not torch.equal(head()[:ROWS].float(), embedding()[:ROWS].float()):
             raise CheckpointError(f"{source}: model.tie_embeddings: true here, and the output layer there has its own weights; "
                                   "false is right")
 
