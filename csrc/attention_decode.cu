@@ -101,7 +101,7 @@ struct Launcher {
 
 int run(const megalm_attention_decode_params &p, megalm_stream stream) {
   const bool pages_fit = p.table == nullptr ? p.page == 0 : p.page >= 16 && (p.page & (p.page - 1)) == 0 && p.keys % p.page == 0;
-  const bool parts_fit = p.splits == 1 || p.splits > 1 && p.splits <= MOST_SPLITS && p.partial_out != nullptr && p.partial_lse != nullptr;
+  const bool parts_fit = p.splits == 1 || (p.splits > 1 && p.splits <= MOST_SPLITS && p.partial_out != nullptr && p.partial_lse != nullptr);
   if (!inputs_fit(p) || !pointers_fit({p.out}) || !pages_fit || !parts_fit) return cudaErrorInvalidValue;
   return Launcher{p, stream, false, 0}.run();
 }
