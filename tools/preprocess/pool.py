@@ -28,6 +28,19 @@ FORK = multiprocessing.get_context("fork")
 FOR_THE_PARENT = {signal.SIGINT, signal.SIGTERM}
 
 
+class _Ended(FORK.Process):
+    """A process that ends at once when it is told to: it may wait for a lock that a dead one holds, and blocks SIGTERM."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Context(type(FORK)):
+    """What the executor starts its processes with; where one of them dies, it terminates the others and waits for them."""
+
+    Process = _Ended
+
+
 class _InWorker:
     """What a process works with, as the pool's initializer has it."""
 
@@ -116,8 +129,9 @@ def _send_samples(sender, parent: int, job: Job, units: Sequence[Unit], document
 class Pool:
     """So many processes for the check and for the parts; a single one is this process. Used as a context.
 
-    They are forked at once, before this process has threads of its own (numpy's mind a fork), and so have all that it has: the
-    tokenizers, and the samples, which nobody sends them.
+    They are forked at once, before this program starts a thread, and so have all that this process has: the tokenizers, and the
+    samples, which nobody sends them. A library's thread may be there (the allocator's of pyarrow, for .parquet): that library
+    has to bear a fork.
     """
 
     def __init__(self, worker: Worker, samples: Sequence[Sample], workers: int):
@@ -130,25 +144,39 @@ class Pool:
     def __enter__(self) -> Pool:
         if self.workers == 1:
             return self
-        self.executor = ProcessPoolExecutor(self.workers, FORK, _InWorker.start, (self.worker, self.shares, os.getpid()))
+        self.executor = ProcessPoolExecutor(self.workers, _Context(), _InWorker.start, (self.worker, self.shares, os.getpid()))
+        others = multiprocessing.active_children()
         try:
             with _without_interrupts():
-                others = multiprocessing.active_children()
-                self.executor.submit(os.getpid)  # the first task starts them all
-                self.processes = [child for child in multiprocessing.active_children() if child not in others]
-        except KeyboardInterrupt as stop:  # this context is never left
-            self.__exit__(type(stop))
+                try:
+                    self.executor.submit(os.getpid)  # the first task starts them all
+                finally:  # or some, where the machine has no more
+                    self.processes = [child for child in multiprocessing.active_children() if child not in others]
+        except BaseException:  # this context is never left
+            self._end()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_) -> None:
-        """Waits for the parts that are in work, but not where somebody wants an end."""
+        """After an error waits for the parts that are in work; not where somebody wants an end, also while it waits."""
         if self.executor is None:
             return
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        try:
+            if kind is not None and not issubclass(kind, KeyboardInterrupt):
+                self.executor.shutdown(wait=True, cancel_futures=True)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """No process stays, whatever it does."""
+        try:
+            with _without_interrupts():
+                for process in self.processes:
+                    process.kill()
+        finally:
+            self.executor.shutdown(wait=True, cancel_futures=True)
             for process in self.processes:
-                process.kill()
-        self.executor.shutdown(wait=True, cancel_futures=True)
+                process.join()
 
     def first_difference(self, short: bool) -> str | None:
         """The first of the samples of which the fast tokenizer gives other ids than the reference, in words, or how it fails;
