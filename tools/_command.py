@@ -39,6 +39,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """The type of an option that is a number of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return int(text)
+
+
 @contextlib.contextmanager
 def hearing_sigterm() -> Iterator[None]:
     """Raises Terminated, wherever the program is, when it is told to end; in the main thread alone, as Python has it."""

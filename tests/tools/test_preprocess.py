@@ -129,6 +129,15 @@ def test_the_process_that_looks_for_samples_dies(tmp_path, monkeypatch):
         with_samples(Job(Policy("text"), "<u2", str(tmp_path), (), 1000), BytesTokenizer(), [], 5, workers=2)
 
 
+def test_the_process_that_looks_for_samples_fails(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("what it says")
+
+    monkeypatch.setattr("megalm.tools.preprocess.pool.corpus_samples", fail)
+    with pytest.raises(ZeroDivisionError, match="what it says"):
+        with_samples(Job(Policy("text"), "<u2", str(tmp_path), (), 1000), BytesTokenizer(), [], 5, workers=2)
+
+
 def test_invalid_lines_are_counted_and_the_first_are_shown(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\nbroken\n{"text": "b"}\n{"txt": "c"}\n' + "x\n" * 20)
@@ -154,6 +163,7 @@ def bad_calls(folder: Path):
         "glob": (["--input", f"{folder}/*.none", *usual], "*.none fits no file"),
         "twice": (["--input", good, f"{folder}/nothing/../a.jsonl", *usual], "is given twice"),
         "suffix": (["--input", f"{folder}/odd", *usual], "the suffix '' isn't known"),
+        "less than no check": (["--input", good, *usual, "--check-documents", "-5"], "-5 is not a number of at least 0"),
         "no workers": (["--input", good, *usual, "--workers", "0"], "0 is not a number of at least 1"),
         "invalid line": (["--input", good, bad, *usual], "bad.jsonl, line 3: the field 'text' is a JSON number"),
         "no documents": (["--input", empty, *usual], "no text in"),

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from megalm.data.errors import DataError
+from megalm.tools._command import Terminated
 from megalm.tools.kill_preprocess import kill_at_moments, outputs
-from megalm.tools.preprocess import duplicates, merge, parts, report_files, store
+from megalm.tools.preprocess import duplicates, merge, parts, program, report_files, store
 from tests.tools.test_preprocess import json_lines, refused, run
 
+REST = "; the same command does the rest"
 PIECES = ("--tokenizer", "bytes", "--piece-bytes", "900")
 
 
@@ -61,6 +63,19 @@ def test_stopped_at_every_step(tmp_path, text, monkeypatch, capsys, module, name
         assert outputs(prefix) == outputs(tmp_path / "right") and not Path(f"{prefix}.work").exists()
     assert outputs(prefix) == outputs(tmp_path / "right") and count > first
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("module, name, count, rest", [
+    (program, "write_report", 1, REST), (store.Work, "clear", 2, REST), (program, "show_problems", 1, "")])
+def test_stopped_when_the_data_set_is_written(tmp_path, text, monkeypatch, capsys, module, name, count, rest):
+    command = ("--input", text, "--output", tmp_path / "out", *PIECES, "--quiet", "--report", tmp_path / "r.json")
+    with monkeypatch.context() as patch:
+        stop_at(patch, module, name, count, Terminated())
+        assert run(*command) == 143
+    assert capsys.readouterr().err == f"stopped by SIGTERM; the data set is written{rest}\n"
+    before = outputs(tmp_path / "out")
+    assert None not in before and run(*command, *([] if rest else ["--force"])) == 0
+    assert outputs(tmp_path / "out") == before and (tmp_path / "r.json").exists() and not (tmp_path / "out.work").exists()
 
 
 def test_files_that_lack_what_was_noted(tmp_path, text, monkeypatch, capsys):

@@ -180,6 +180,27 @@ def test_a_fast_one_that_fails_after_the_check(tmp_path, folder, monkeypatch, ca
     assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "right.bin").read_bytes()
 
 
+def test_a_fast_one_that_fails_for_good(tmp_path, folder, monkeypatch, capsys):
+    """No other can be made of the model: the reference goes on, in the same part too."""
+    class Failing:
+        name = "failing"
+
+        def __call__(self, texts):
+            raise RuntimeError("out of memory")
+
+    made = iter([(Failing(), "")])
+    monkeypatch.setattr("megalm.tools.preprocess.job.fast_backend", lambda *_: next(made, (None, "it can't be loaded")))
+    monkeypatch.setattr("megalm.tools.preprocess.pool.Pool.first_difference", lambda *_: None)
+    paths = [tmp_path / f"{name}.txt" for name in "abc"]
+    for path in paths:
+        path.write_text(f"the text of {path.name}")
+    usual = ("--input", *paths, "--tokenizer", folder / "llama.model", "--quiet")
+    assert run(*usual, "--output", tmp_path / "out") == 0
+    assert capsys.readouterr().err.count("the fast tokenizer fails (out of memory); the reference's were taken") == 1
+    assert run(*usual, "--output", tmp_path / "right", "--check-documents", 0) == 0
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "right.bin").read_bytes()
+
+
 def test_without_the_fast_library(tmp_path, folder, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "gigatoken.gigatoken_rs", None)
     path = json_lines(tmp_path / "a.jsonl", ["dog"])

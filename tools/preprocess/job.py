@@ -180,6 +180,7 @@ class Worker:
             if (why := failure_of(error)) is None:
                 raise
             self.fast = fast_backend(self.reference.tokenizer, self.fast.short)[0]  # what failed in the middle may be broken
+            self.allowed = self.fast is not None
             if len(counts.differences) < SHOWN:
                 counts.differences.append(f"{chunk.where(places[0])}, {len(texts)} documents from there on: the fast tokenizer "
                                           f"fails ({why})")

@@ -162,3 +162,4 @@ def publish(work: Work, prefix: str, description_path: Path) -> None:
         if (work.folder / name).exists():
             os.replace(work.folder / name, path)
     sync_folder(bin_path.parent)
+    work.published = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 
 from megalm.data.tokenizer import TYPES
-from megalm.tools._command import Parser, positive
+from megalm.tools._command import Parser, natural, positive
 
 ENCODING_ERRORS = ("stop", "replace", "drop")
 
@@ -62,7 +62,7 @@ def parser() -> Parser:
     add("--piece-bytes", type=positive, metavar="N",
         help="of text that a worker does at a time: what is done again, for each, after a stop (a 256th of the input's bytes, "
              "but at least 16777216 and at most 67108864)")
-    add("--check-documents", type=int, default=2000, metavar="N",
+    add("--check-documents", type=natural, default=2000, metavar="N",
         help="the fast tokenizer is used if it gives the ids of the reference on N documents of the corpus, the longest and "
              "strangest of 64 places among them (2000; parts stand for very long ones); 0: the reference tokenizes")
     add("--verify", action="store_true", help="compare the two on every document; the reference's ids are written")

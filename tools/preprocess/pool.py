@@ -101,7 +101,7 @@ def with_samples(job: Job, tokenizer: Tokenizer, units: Sequence[Unit], document
                  workers: int) -> tuple[Worker, list[Sample]]:
     """(what makes the parts, samples of so many documents); with several workers, a process looks for these meanwhile.
 
-    Raises DataError where that process died.
+    Raises DataError where that process died, and what it raised.
     """
     if workers == 1 or not documents:
         return Worker(job, tokenizer), corpus_samples(job.sources, units, job.policy, documents) if documents else []
@@ -111,7 +111,10 @@ def with_samples(job: Job, tokenizer: Tokenizer, units: Sequence[Unit], document
         with _without_interrupts():
             process.start()
         sender.close()
-        return Worker(job, tokenizer), receiver.recv()
+        worker, found = Worker(job, tokenizer), receiver.recv()
+        if isinstance(found, Exception):
+            raise found
+        return worker, found
     except EOFError as error:
         raise DataError(DIED) from error
     finally:
@@ -123,7 +126,11 @@ def with_samples(job: Job, tokenizer: Tokenizer, units: Sequence[Unit], document
 
 def _send_samples(sender, parent: int, job: Job, units: Sequence[Unit], documents: int) -> None:
     end_with(parent)
-    sender.send(corpus_samples(job.sources, units, job.policy, documents))
+    try:
+        found = corpus_samples(job.sources, units, job.policy, documents)
+    except Exception as error:
+        found = error
+    sender.send(found)
 
 
 class Pool:

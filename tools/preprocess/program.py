@@ -55,9 +55,7 @@ def preprocess(arguments: argparse.Namespace) -> int:
         try:
             return _preprocess(arguments, work, source, tokenizer, outputs)
         except (OSError, KeyboardInterrupt) as error:
-            kept = "nothing was written"
-            if work.worth_keeping:
-                kept = f"what is done is kept in {work.folder}: the same command goes on"
+            kept = work.left()
             if isinstance(error, OSError):
                 raise DataError(f"{error.filename or arguments.output}: {error.strerror}; {kept}") from error
             error.args = (kept,)

@@ -40,6 +40,7 @@ class Work:
         self._lock: int | None = None
         self._streams = 0
         self._gone = False
+        self.published = False  # has the data set its final names
 
     def __enter__(self) -> Work:
         """Raises DataError if another process is at it."""
@@ -89,6 +90,14 @@ class Work:
     def worth_keeping(self) -> bool:
         """Is there anything to go on from?"""
         return self.begun and ((self.folder / STATE).exists() or any(self.folder.glob("*.part")))
+
+    def left(self) -> str:
+        """What somebody has who is stopped now, in words."""
+        if self.published:
+            return f"the data set is written{'; the same command does the rest' if self.worth_keeping else ''}"
+        if self.worth_keeping:
+            return f"what is done is kept in {self.folder}: the same command goes on"
+        return "nothing was written"
 
     def begin(self, run: dict) -> bool:
         """Note what is to be done, or check that it is what was begun; True if there is something to go on from.
