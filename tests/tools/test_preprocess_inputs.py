@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megalm.data.errors import DataError
-from megalm.tools.preprocess import reading
+from megalm.tools.preprocess import inputs, reading
 from megalm.tools.preprocess.inputs import Span, find_source, find_sources, make_units
 from megalm.tools.preprocess.reading import BLOCK, begin_before, read_chunks, whole_lines
 from tests.tools.test_preprocess import PROGRAM, json_lines, read, refused, run
@@ -151,6 +152,26 @@ def test_the_usual_piece_is_small_beside_the_whole():
     sizes = (0, 1 << 30, 8 << 30, 1 << 44)
     found = [usual_piece([Source("a.jsonl", "jsonl", None, size // 2, 0)] * 2) >> 20 for size in sizes]
     assert found == [16, 16, 32, 64]
+
+
+def test_the_hash_of_a_file_does_not_depend_on_how_it_is_cut(tmp_path, monkeypatch):
+    """Nor on what else is read: the file's own, or up to a size that of the hashes of its blocks."""
+    monkeypatch.setattr(inputs, "HASHED", 1000)
+    long, short = (json_lines(tmp_path / f"{name}.jsonl", ["word " * 9] * count) for name, count in (("long", 50), ("short", 15)))
+    exact, content = tmp_path / "exact.jsonl", Path(long).read_bytes()
+    exact.write_bytes(content[:999].rsplit(b"\n", 1)[0].ljust(2000))
+    blocks = b"".join(hashlib.sha256(content[low:low + 1000]).digest() for low in range(0, len(content), 1000))
+    runs = (300, (long,)), (1000, (short, long)), (1001, (long, exact)), (1 << 20, (long, short)), (2000, (exact, long))
+    for number, (piece, names) in enumerate(runs):
+        assert run("--input", *names, "--output", tmp_path / f"out{number}", "--tokenizer", "bytes", "--piece-bytes", piece,
+                   "--skip-invalid") == 0
+        found = json.loads((tmp_path / f"out{number}.data.json").read_text())["sources"]
+        hashes = {source["name"]: source["hash"] for source in found}
+        assert hashes[long] == f"sha256-of-1000-byte-pieces:{hashlib.sha256(blocks).hexdigest()}" and len(hashes) == len(names)
+        if short in names:
+            assert hashes[short] == f"sha256:{hashlib.sha256(Path(short).read_bytes()).hexdigest()}"
+    twice = b"".join(hashlib.sha256(exact.read_bytes()[low:low + 1000]).digest() for low in (0, 1000))
+    assert hashes[str(exact)] == f"sha256-of-1000-byte-pieces:{hashlib.sha256(twice).hexdigest()}"
 
 
 def test_units_cover_everything_once(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -140,8 +141,22 @@ def test_what_changed_is_named(tmp_path, text, monkeypatch, capsys):
     with open(text, "a") as file:
         file.write('{"text": "more"}\n')
     assert "a.jsonl has changed" in refused(capsys, *usual, *PIECES)
+    err = refused(capsys, *usual, *PIECES[:2])
+    assert "a.jsonl has changed" in err and "piece_bytes" not in err
     assert sorted(path.name for path in (tmp_path / "out.work").iterdir()) == before
     assert run(*usual, *PIECES, "--restart") == 0
+
+
+def test_the_pieces_are_those_that_were_begun(tmp_path, text, monkeypatch, capsys):
+    """Where nobody says how large, neither what was said before nor what would be usual now is a change."""
+    stopped(tmp_path, text, monkeypatch)
+    assert run("--input", text, "--output", tmp_path / "out", *PIECES[:2]) == 0
+    assert "going on" in capsys.readouterr().err
+
+
+def test_without_advice_to_the_kernel(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: (_ for _ in ()).throw(OSError(errno.EINVAL, "Invalid argument")))
+    assert run("--input", text, "--output", tmp_path / "out", *PIECES) == 0
 
 
 def test_verify_and_versions_are_noted(tmp_path, text, monkeypatch, capsys):
@@ -245,9 +260,20 @@ def test_a_part_taken_in_by_half(tmp_path, monkeypatch, capsys, module, name):
     capsys.readouterr()
 
 
-def test_two_at_once(tmp_path, text, capsys):
+def test_two_at_once(tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr(store, "PATIENCE", 0.1)
     with store.Work(str(tmp_path / "out")):
         assert "another process is writing it now" in refused(capsys, "--input", text, "--output", tmp_path / "out", *PIECES)
+
+
+def test_the_lock_of_workers_that_are_ending_is_waited_for(tmp_path, text):
+    """As after a SIGKILL of the program alone: they have inherited its lock."""
+    folder = tmp_path / "out.work"
+    folder.mkdir()
+    inherited = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(inherited, fcntl.LOCK_EX)
+    threading.Timer(0.3, os.close, (inherited,)).start()
+    assert run("--input", text, "--output", tmp_path / "out", *PIECES) == 0
 
 
 def test_a_new_run_is_not_removed_by_one_that_ends(tmp_path):

@@ -13,6 +13,7 @@ from megalm.data.errors import DataError
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".text": "txt", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
+HASHED = 64 << 20  # bytes of a plain .jsonl that have one hash; a shorter file's is its SHA-256
 MAGNIFICATION = 4  # what a compressed file is taken to hold
 
 
@@ -201,9 +202,18 @@ def describe(sources: Sequence[Source]) -> list[dict]:
     return [asdict(source) for source in sources]
 
 
-def span_hash(source: Source, span: Span) -> bytes:
-    """SHA-256 of the bytes [start, end) of a file, or of all of it where the span counts something else."""
-    low, high = (span.start, span.end) if source.by_bytes else (0, source.size)
+def span_hashes(source: Source, span: Span) -> Iterator[bytes]:
+    """SHA-256 of each HASHED bytes of a plain .jsonl that begin in a part of it, which may end before them, so that it doesn't
+    matter how the file is cut; of all of another file, with its first part."""
+    if source.by_bytes:
+        for low in range(-(-span.start // HASHED) * HASHED, span.end, HASHED):
+            yield range_hash(source, low, min(source.size, low + HASHED))
+    elif span.start == 0:
+        yield range_hash(source, 0, source.size)
+
+
+def range_hash(source: Source, low: int, high: int) -> bytes:
+    """SHA-256 of the bytes [low, high) of a file."""
     digest = hashlib.sha256()
     with open(source.path, "rb", buffering=0) as file:
         file.seek(low)
@@ -213,8 +223,8 @@ def span_hash(source: Source, span: Span) -> bytes:
     return digest.digest()
 
 
-def file_hash(source: Source, pieces: Sequence[bytes], unit_bytes: int) -> str:
+def file_hash(pieces: Sequence[bytes]) -> str:
     """The hash of a source from the hashes of its pieces: the file's own SHA-256 where there is one piece."""
     if len(pieces) == 1:
         return f"sha256:{pieces[0].hex()}"
-    return f"sha256-of-{unit_bytes}-byte-pieces:{hashlib.sha256(b''.join(pieces)).hexdigest()}"
+    return f"sha256-of-{HASHED}-byte-pieces:{hashlib.sha256(b''.join(pieces)).hexdigest()}"

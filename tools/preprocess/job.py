@@ -15,7 +15,7 @@ from .checking import Sample, first_difference
 from .cleaning import Cleaner, Cleaning
 from .duplicates import exact_marks, near_marks
 from .encode import Documents, encode
-from .inputs import Source, span_hash, stream_of
+from .inputs import Source, span_hashes, stream_of
 from .parts import PartWriter, part_path
 from .reading import Chunk, read_chunks, whole_lines
 from .sentences import split_sentences
@@ -107,8 +107,7 @@ class Worker:
                 source.check()
                 for chunk in read_chunks(source, span, self.job.policy.field):
                     self._chunk(chunk, counts, part)
-                if source.by_bytes or span.start == 0:
-                    counts.hashes.append((span.source, span_hash(source, span).hex()))
+                counts.hashes += [(span.source, digest.hex()) for digest in span_hashes(source, span)]
                 source.check()
             part.finish(asdict(counts))
 

@@ -1,6 +1,7 @@
 """Parts, in their order, to one data set: copied inside the kernel where nothing is left out, published as a whole."""
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,7 +131,8 @@ def copy_bytes(path: Path, ranges: Sequence[tuple[int, int]], target) -> None:
         for offset, end in ranges:
             while offset < end:
                 offset += os.sendfile(target.fileno(), source.fileno(), offset, min(COPY, end - offset))
-    os.posix_fadvise(target.fileno(), begin, target.tell() - begin, os.POSIX_FADV_DONTNEED)  # begin to bring it to the disk
+    with contextlib.suppress(OSError):  # begin to bring it to the disk: advice, that a file system need not know
+        os.posix_fadvise(target.fileno(), begin, target.tell() - begin, os.POSIX_FADV_DONTNEED)
 
 
 def index_of(folder: Path, dtype: np.dtype) -> Iterator[bytes]:

@@ -29,7 +29,7 @@ from .store import Work
 from .tasks import most_workers, remaining
 from .texts import Policy
 
-LAYOUT = 3  # of what lies in PREFIX.work: another version's isn't gone on with
+LAYOUT = 4  # of what lies in PREFIX.work: another version's isn't gone on with
 SHORT = 500  # characters, that a text has in the mean
 
 
@@ -65,7 +65,8 @@ def preprocess(arguments: argparse.Namespace) -> int:
 def _preprocess(arguments: argparse.Namespace, work: Work, source: TokenizerSource, tokenizer: Tokenizer,
                 outputs: Sequence[Path]) -> int:
     sources = find_sources(arguments.input, work.store_stream, outputs)
-    dtype, piece_bytes = token_dtype(tokenizer.vocab_size), arguments.piece_bytes or usual_piece(sources)
+    dtype, begun = token_dtype(tokenizer.vocab_size), work.run() or {}
+    piece_bytes = arguments.piece_bytes or begun.get("piece_bytes") or usual_piece(sources)
     run = {"layout": LAYOUT, "tokenizer": tokenizer_identity(source) | {"eod": tokenizer.eod}, "dtype": str(dtype),
            "versions": versions(tokenizer), "verify": arguments.verify,
            "piece_bytes": piece_bytes, "options": options(arguments), "inputs": describe(sources)}
@@ -187,7 +188,7 @@ def description(run: dict, totals: Totals, sources: Sequence[Source], units: Seq
         "documents": totals.documents, "sequences": totals.sequences, "tokens": totals.tokens, "bytes": totals.bytes,
         "options": run["options"], "left_out": totals.reasons,
         "sources": [{"name": source.name, "size": source.size,
-                     "hash": file_hash(source, pieces.get(number, empty), run["piece_bytes"])}
+                     "hash": file_hash(pieces.get(number, empty))}
                     for number, source in enumerate(sources)],
     }
     return json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n"

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from .inputs import Source, find_source, split_name
 
 RUN, STATE, LOCK, STREAM = "run.json", "state.json", "lock", "stream-"
 SHOWN = 4
+PATIENCE = 3.0  # seconds, with a lock that another process has
 COMPRESSED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # by how they begin
 # What is done under these holds under any other value too: nothing had to be left out or mended, everything was compared.
 RELAXED = (("skip_invalid", False), ("encoding_errors", "stop"), ("verify", True))
@@ -43,20 +45,16 @@ class Work:
         self.published = False  # has the data set its final names
 
     def __enter__(self) -> Work:
-        """Raises DataError if another process is at it."""
+        """Raises DataError if another process is at it, and stays."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
             raise DataError(f"{self.prefix}: another process finishes writing it at this moment") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._take_lock():
             os.close(self._lock)
             self._lock = None
-            raise DataError(f"{self.prefix}: another process is writing it now") from None
-        except OSError:
-            pass  # a file system without locks: two writers at once aren't noticed there
+            raise DataError(f"{self.prefix}: another process is writing it now")
         if not self._locked_here():  # who held the lock has removed the folder since it was opened
             os.close(self._lock)
             self._lock = None
@@ -71,6 +69,21 @@ class Work:
             self._sweep()
         if self._lock is not None:
             os.close(self._lock)
+
+    def _take_lock(self) -> bool:
+        """A killed program's workers, which end with it, have its lock for a moment longer: that is waited for."""
+        late = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > late:
+                    return False
+                time.sleep(0.05)
+            except OSError:
+                return True  # a file system without locks: two writers at once aren't noticed there
+            else:
+                return True
 
     def _sweep(self) -> None:
         """Remove what somebody was writing when he was stopped."""
@@ -107,7 +120,7 @@ class Work:
         run = json.loads(json.dumps(run))
         begun = self.begun
         if begun:
-            old = json.loads((self.folder / RUN).read_text())
+            old = self.run()
             changes = differences(old, run)
             if changes:
                 more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
@@ -117,6 +130,12 @@ class Work:
             self.clear(keep=(LOCK, *(path.name for path in self.folder.glob(f"{STREAM}*"))))
         write_atomically(self.folder / RUN, [json.dumps(run, indent=1).encode()])
         return begun
+
+    def run(self) -> dict | None:
+        """What was to be done, where something was begun."""
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads((self.folder / RUN).read_text())
+        return None
 
     def restart(self) -> None:
         """Forget what an earlier run has done."""
