@@ -16,6 +16,7 @@ from megalm.data.errors import DataError
 from megalm.tools.preprocess import inputs, reading
 from megalm.tools.preprocess.inputs import Span, find_source, find_sources, make_units
 from megalm.tools.preprocess.reading import BLOCK, begin_before, read_chunks, whole_lines
+from tests.data.models import make_sentencepiece
 from tests.tools.test_preprocess import PROGRAM, json_lines, read, refused, run
 from tests.tools.test_preprocess_cleaning import texts
 
@@ -140,6 +141,20 @@ def test_lines_longer_than_a_block(tmp_path, monkeypatch):
                 found += chunk.raw
         assert found == lines
         assert all(first == sum(len(line) + 1 for line in lines[:count]) for first, count in offsets)
+
+
+def test_parquet_in_two_processes(tmp_path):
+    """Forked when pyarrow is loaded: by the check's sampling as well as for the parts."""
+    path = parquet(tmp_path / "a.parquet", [f"text {i}" for i in range(40)])
+    model = make_sentencepiece(tmp_path / "spm.model")
+    for workers in (1, 2):
+        command = [*PROGRAM, "--input", path, "--output", f"{tmp_path}/out{workers}", "--tokenizer", str(model), "--quiet",
+                   "--workers", str(workers), "--piece-bytes", "300"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+    for suffix in ("bin", "idx", "data.json"):
+        assert (tmp_path / f"out1.{suffix}").read_bytes() == (tmp_path / f"out2.{suffix}").read_bytes()
+    assert len(read(tmp_path / "out2")) == 40
 
 
 def test_lines_before_an_offset():

@@ -6,6 +6,8 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ from megalm.tools.preprocess.job import Job, Worker
 from megalm.tools.preprocess.pool import Pool
 from megalm.tools.preprocess.tasks import Task
 from megalm.tools.preprocess.texts import Policy
-from tests.tools.test_preprocess import json_lines, refused, wait_for
+from tests.data.models import make_sentencepiece
+from tests.tools.test_preprocess import children, json_lines, read, refused, run, wait_for
 
 LONG = 60  # seconds that nobody should wait
 
@@ -96,3 +99,32 @@ def test_a_signal_while_an_error_waits_for_the_others(tmp_path):
             list(pool.make([Task(0, ()), *(Task(number, Slow()) for number in (1, 2))], False, False))
         finally:
             signals.start()
+
+
+SAMPLING = f"""import sys, time
+from megalm.tools.preprocess import main, pool
+pool.corpus_samples = lambda *_: time.sleep({LONG})
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number, word", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped by SIGTERM"),
+                                          (signal.SIGKILL, None)])
+def test_ended_while_a_process_looks_for_samples(tmp_path, number, word):
+    """Which ends too: whoever reads stderr sees its end. A SIGKILL is for the program alone."""
+    path, model = json_lines(tmp_path / "a.jsonl", ["a text"] * 20), make_sentencepiece(tmp_path / "spm.model")
+    command = ("--input", path, "--output", f"{tmp_path}/out", "--tokenizer", str(model), "--workers", "2", "--piece-bytes", "50",
+               "--quiet")
+    process = subprocess.Popen([sys.executable, "-c", SAMPLING, *command], start_new_session=True, stderr=subprocess.PIPE,
+                               text=True)
+    try:
+        wait_for(lambda: children(process.pid))
+        (os.kill if word is None else os.killpg)(process.pid, number)
+        err = process.communicate(timeout=LONG / 2)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert (process.returncode, err) == ((-number, "") if word is None else (128 + number, f"{word}; nothing was written\n"))
+    assert not (tmp_path / "out.bin").exists() and (tmp_path / "out.work").exists() == (word is None)
+    assert run(*command) == 0 and len(read(tmp_path / "out")) == 20

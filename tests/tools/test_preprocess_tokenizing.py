@@ -180,6 +180,39 @@ def test_a_fast_one_that_fails_after_the_check(tmp_path, folder, monkeypatch, ca
     assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "right.bin").read_bytes()
 
 
+def failing_on(word: str, right, kind: type[BaseException]):
+    """A fast tokenizer that fails on one word alone."""
+    class Failing:
+        name = "failing"
+
+        def __call__(self, texts):
+            if any(word in text for text in texts):
+                raise kind("index out\nof bounds")
+            return Reference(right)(texts)
+
+    return Failing()
+
+
+@pytest.mark.parametrize("kind", [None, PanicException, RuntimeError])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_wrong_or_failing_fast_one_in_two_workers(tmp_path, folder, monkeypatch, capsys, kind, sampled):
+    """In the check, of which each has a share, and behind it."""
+    right = load(folder, "llama.model")
+    fast = Wrong(Reference(right)) if kind is None else failing_on("fox", right, kind)
+    monkeypatch.setattr("megalm.tools.preprocess.job.fast_backend", lambda *_: (fast, ""))
+    monkeypatch.setattr("megalm.tools.preprocess.program.strange_samples", lambda _: [])  # beside them a share has all others
+    if not sampled:
+        monkeypatch.setattr("megalm.tools.preprocess.pool.corpus_samples", lambda *_: [Sample("dog")] * 40)
+    path = json_lines(tmp_path / "a.jsonl", ["dog"] * 30 + ["the fox"] + ["cat"] * 30)
+    usual = ("--input", path, "--tokenizer", folder / "llama.model", "--piece-bytes", 100, "--workers", 2)
+    assert run(*usual, "--output", tmp_path / "out", "--verify") == 0
+    err = capsys.readouterr().err
+    where = f"{path}, line 31, from token " if kind is None else "nothing: it fails (index out of bounds)"
+    assert (f"gives other ids for {where}" in err) == sampled and ("different: " in err) != sampled
+    assert run(*usual, "--output", tmp_path / "right", "--check-documents", 0, "--quiet") == 0
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "right.bin").read_bytes()
+
+
 def test_a_fast_one_that_fails_for_good(tmp_path, folder, monkeypatch, capsys):
     """No other can be made of the model: the reference goes on, in the same part too."""
     class Failing:
