@@ -23,7 +23,7 @@ from megalm.tools.preprocess.pool import Pool
 from megalm.tools.preprocess.tasks import Task
 from megalm.tools.preprocess.texts import Policy
 from tests.data.models import make_sentencepiece
-from tests.tools.test_preprocess import children, json_lines, read, refused, run, wait_for
+from tests.tools.test_preprocess import json_lines, read, refused, run, wait_for
 
 LONG = 60  # seconds that nobody should wait
 
@@ -101,10 +101,10 @@ def test_a_signal_while_an_error_waits_for_the_others(tmp_path):
             signals.start()
 
 
-SAMPLING = f"""import sys, time
+SAMPLING = f"""import pathlib, sys, time
 from megalm.tools.preprocess import main, pool
-pool.corpus_samples = lambda *_: time.sleep({LONG})
-sys.exit(main(sys.argv[1:]))
+pool.corpus_samples = lambda *_: (pathlib.Path(sys.argv[1]).touch(), time.sleep({LONG}))
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -115,10 +115,10 @@ def test_ended_while_a_process_looks_for_samples(tmp_path, number, word):
     path, model = json_lines(tmp_path / "a.jsonl", ["a text"] * 20), make_sentencepiece(tmp_path / "spm.model")
     command = ("--input", path, "--output", f"{tmp_path}/out", "--tokenizer", str(model), "--workers", "2", "--piece-bytes", "50",
                "--quiet")
-    process = subprocess.Popen([sys.executable, "-c", SAMPLING, *command], start_new_session=True, stderr=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen([sys.executable, "-c", SAMPLING, str(tmp_path / "begun"), *command], start_new_session=True,
+                               stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(lambda: children(process.pid))
+        wait_for((tmp_path / "begun").exists)
         (os.kill if word is None else os.killpg)(process.pid, number)
         err = process.communicate(timeout=LONG / 2)[1]
     finally:
