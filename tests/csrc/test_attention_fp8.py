@@ -50,13 +50,14 @@ def test_rounding(shim, dtype):
 
 
 def test_it_is_the_emulation(shim):
-    """Weights are rounded as ops/fp8.py rounds them, but for the few whose last bit of fp32 decides: far nearer to it than it is
-    to float64 with unrounded weights."""
+    """Weights are rounded as ops/fp8.py rounds them: far nearer to it than it is to float64 with unrounded weights. Of signs,
+    whose scores are whole numbers: a sum of 14 bits of other products often decides to which of two neighbours a weight goes."""
     for dim, s, s_k in ((64, 60, 300), (128, 130, 260), (256, 40, 140)):
-        inputs = tensors(s, s_k, heads=2, dim=dim, dtype=torch.float16)
+        q, k, v = tensors(s, s_k, heads=2, dim=dim, dtype=torch.float16)
+        inputs = (q.sign(), k.sign(), v)
         ours, plain = (attention(*inputs, backend=backend, fp8=True).double() for backend in ("megalm", "reference"))
         exact = attention(*(x.double() for x in inputs), backend="reference", fp8=True)
-        assert rms(ours - plain) < 0.2 * rms(plain - exact), dim
+        assert rms(ours - plain) < 0.03 * rms(plain - exact), dim
 
 
 def test_distance_from_the_unrounded(shim):
