@@ -20,9 +20,10 @@ from pathlib import Path
 from megalm.checkpoint import CheckpointError, find, read_manifest
 from megalm.checkpoint.find import candidates
 from megalm.checkpoint.format import CHECKPOINTS, MANIFEST
+from megalm.checkpoint.sealed import DamagedError
 from megalm.checkpoint.verify import Tensor, size, tensors, verify
 from megalm.tools import average
-from megalm.tools._command import Parser, counted, run
+from megalm.tools._command import Parser, counted, fail, run
 
 FOUND = 1
 """The exit code of a command that found what one doesn't want to find."""
@@ -50,7 +51,15 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    return run(parser(), lambda arguments: arguments.work(arguments), argv)
+    return run(parser(), _work, argv)
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    try:
+        return arguments.work(arguments)
+    except DamagedError as error:
+        fail(f"{error}; `megalm checkpoint verify` says of each checkpoint whether it is sound")
+        return FOUND
 
 
 def _report(line: str) -> None:
@@ -110,7 +119,7 @@ def _folders(arguments: argparse.Namespace) -> list[Path]:
     if (folder / MANIFEST).exists():
         return [folder]
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+        raise CheckpointError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")
     root = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
     found = [path for _, path in candidates(root)]
     if not found:

@@ -182,7 +182,7 @@ def find(folder: str | Path, report: Report | None = None) -> Path:
             raise CheckpointError(f"{folder}: not a whole checkpoint: {reason}")
         return folder
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+        raise CheckpointError(f"{folder}: {'not a' if folder.exists() else 'no such'} folder")
     root = folder / names.CHECKPOINTS if (folder / names.CHECKPOINTS).is_dir() else folder
     path = newest(root, report)
     if path is None:

@@ -82,6 +82,17 @@ def test_diff_tells_counters_settings_layout_weights_and_moments_apart(run, caps
     assert text.endswith(f"different: 2 counters, 1 setting, 1 fact of the layout, {number} weights, {2 * number} moments\n")
 
 
+def test_diff_of_what_is_damaged_ends_as_verify_does(run, capsys):
+    path = run / "checkpoints/step_00000002/rank_00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 4
+    path.write_bytes(content)
+    assert main(["diff", str(run / "checkpoints/step_00000001"), str(path.parent)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: rank_00001.safetensors") and error.count("\n") == 1
+    assert "`megalm checkpoint verify` says of each" in error
+
+
 def test_diff_says_which_side_has_no_config(run, capsys):
     """As another program's writer may leave it out."""
     one, other = (run / f"checkpoints/step_0000000{step}" for step in (1, 2))
@@ -116,9 +127,11 @@ def test_diff_compares_what_both_have(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, line", [
     (["inspect", "nowhere"], "nowhere: no such folder"), (["verify", "nowhere"], "nowhere: no such folder"),
+    (["inspect", "file"], "file: not a folder"), (["verify", "file"], "file: not a folder"),
     (["verify", "."], ".: no checkpoint here"), (["diff", "."], "the following arguments are required"), ([], "command")])
 def test_mistakes_are_one_line(arguments, line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1

@@ -286,6 +286,12 @@ def test_a_new_run_is_not_removed_by_one_that_ends(tmp_path):
     assert (tmp_path / "out.work" / "run.json").exists()
 
 
+def test_a_place_where_nothing_can_be_made_is_said(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a\n")
+    assert run("--input", tmp_path / "a.txt", "--output", "/proc/x", "--tokenizer", "bytes") == 2
+    assert capsys.readouterr().err == "error: /proc/x.work: No such file or directory\n"
+
+
 def test_a_lock_that_was_removed_is_none(tmp_path, monkeypatch):
     """The folder goes between opening the lock and taking it."""
     def late(file, how):

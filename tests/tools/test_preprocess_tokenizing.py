@@ -302,6 +302,14 @@ def test_nothing_to_compare_on(tmp_path, folder, monkeypatch, capsys):
     assert "no document could be read to compare the fast one on" in err and "tokenized by sentencepiece" in out
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_no_byte_to_compare_on(tmp_path, folder, capsys, workers):
+    path = tmp_path / "a.jsonl"
+    path.touch()
+    assert run("--input", path, "--tokenizer", folder / "llama.model", "--output", tmp_path / "out", "--workers", workers) == 2
+    assert "error: no text in" in capsys.readouterr().err and not (tmp_path / "out.work").exists()
+
+
 def test_a_tokenizer_that_remembers_is_renewed(folder, monkeypatch):
     monkeypatch.setattr(backends, "RENEW_BYTES", 10)
     fast, _ = fast_backend(load(folder, "llama.model"))

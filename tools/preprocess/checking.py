@@ -113,6 +113,8 @@ def gather(sources: Sequence[Source], units: Sequence[Unit], policy: Policy) -> 
     """The documents at PLACES places, a chunk of each. What can't be read is left to the run itself, which says so."""
     everything = [span for unit in units for span in unit]
     weights = np.cumsum([0, *(span.weight for span in everything)])
+    if not weights[-1]:
+        return
     lenient = replace(policy, encoding_errors="drop", skip_invalid=True)
     wanted: Counter[Span] = Counter()
     seen: Counter[int] = Counter()  # bytes of each source: of a small corpus the places touch

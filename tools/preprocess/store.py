@@ -46,8 +46,8 @@ class Work:
 
     def __enter__(self) -> Work:
         """Raises DataError if another process is at it, and stays."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
             raise DataError(f"{self.prefix}: another process finishes writing it at this moment") from None
