@@ -68,7 +68,8 @@ def parser() -> Parser:
     add("--verify", action="store_true", help="compare the two on every document; the reference's ids are written")
     add("--encoding-errors", choices=ENCODING_ERRORS, default="stop",
         help="text that isn't UTF-8, or half a surrogate pair: stop, put U+FFFD in its place, or drop the document (stop)")
-    add("--skip-invalid", action="store_true", help="leave out, report and count what can't be read, instead of stopping")
+    add("--skip-invalid", action="store_true",
+        help="leave out, report and count documents that can't be read, instead of stopping; a damaged file still stops it")
     cleaning(result)
     add("--restart", action="store_true", help="begin anew, whatever an earlier run has left in PREFIX.work")
     add("--force", action="store_true", help="replace an existing data set")
